@@ -1,0 +1,136 @@
+"""What all configs share: the text after the colon, and common fields."""
+
+from collections.abc import Collection
+import difflib
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def parse_arguments(text: str, **defaults: Any) -> ml_collections.ConfigDict:
+  """Reads `'method=f_cagrad,runlocal,seed=1'`, what follows `config.py:`.
+
+  Args:
+    text: arguments parted by commas. One without a value, such as `runlocal`,
+      is true.
+    **defaults: the arguments there are; a value has the type of its default,
+      which is a bool, an int, a float or a string.
+
+  Returns:
+    All arguments, as attributes.
+
+  Raises:
+    ValueError: if an argument is unknown (it tells the nearest), comes twice,
+      or has a value of the wrong type.
+  """
+  values = dict(defaults)
+  seen = set()
+  for item in filter(None, text.split(',')):
+    name, equals, value = (part.strip() for part in item.partition('='))
+    check_known(name, defaults, 'config argument')
+    if name in seen:
+      raise ValueError(f'config argument {name!r} is given twice, in {text!r}')
+    seen.add(name)
+    values[name] = _parse(name, value if equals else 'true', defaults[name])
+  return ml_collections.ConfigDict(values)
+
+
+def _parse(name, value, default):
+  if isinstance(default, bool):
+    if value not in ('true', 'false'):
+      raise ValueError(
+        f'config argument {name!r} is true or false, got {value!r}'
+      )
+    return value == 'true'
+  try:
+    return type(default)(value)
+  except ValueError:
+    kind = {int: 'an integer', float: 'a number'}[type(default)]
+    raise ValueError(
+      f'config argument {name!r} must be {kind}, got {value!r}'
+    ) from None
+
+
+def check_known(name: str, known: Collection[str], what: str) -> None:
+  """Raises a ValueError that tells the nearest names if `name` is unknown."""
+  if name not in known:
+    near = difflib.get_close_matches(name, known, cutoff=0.5)
+    hint = f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
+    raise ValueError(
+      f'unknown {what} {name!r}, expected one of {sorted(known)}{hint}'
+    )
+
+
+def make_config(
+  *,
+  problem: str,
+  method: dict[str, Any],
+  model: str,
+  model_kwargs: dict[str, Any],
+  seed: int,
+) -> ml_collections.ConfigDict:
+  """A config with every field there is; a problem's file changes values."""
+  method = dict(method)
+  sharing = method.pop('sharing')
+  method['head_scale'] = _optional(str, method['head_scale'])
+  if method['flat'] is not None:
+    flat = method['flat']
+    method['flat'] = {**flat, 'rho_heads': _optional(float, flat['rho_heads'])}
+  return ml_collections.ConfigDict({
+    'problem': problem,
+    'data': {
+      # 'real', or 'synthetic' for a small built-in stand-in of the same form.
+      'kind': 'real',
+      # Where the prepared dataset lies, and the raw files it is made from;
+      # None is the default of tensorflow-datasets and MTL_JAX_SOURCE_DIR.
+      'data_dir': _optional(str, None),
+      'source_dir': _optional(str, None),
+      # 'holdout' takes a validation split out of train, 'paper' trains on all.
+      'split': 'holdout',
+    },
+    'model': {'name': model, 'sharing': sharing, 'kwargs': model_kwargs},
+    'method': method,
+    'optimizer': {
+      'learning_rate': 1e-3,
+      # 'constant', 'cosine' (to zero) or 'step'.
+      'schedule': 'constant',
+      # Largest global norm of the aggregated gradient; None does not clip.
+      'clip': _optional(float, None),
+      # Decoupled from the loss and the learning rate's only factor.
+      'weight_decay': 0.0,
+    },
+    'batch_size': 256,
+    'epochs': 1,
+    'seed': seed,
+    # How the T gradients are computed: 'unroll', 'vmap' or 'scan'.
+    'engine': 'unroll',
+    'micro_batches': 1,
+    # Of matrix products and convolutions, in both passes.
+    'precision': 'highest',
+    'eval_every_epochs': 1,
+    'log_every_steps': 50,
+    'checkpoint_every_steps': 1000,
+    'keep_checkpoints': 2,
+  })
+
+
+def run_local(
+  config: ml_collections.ConfigDict, **model_kwargs: Any
+) -> ml_collections.ConfigDict:
+  """Shrinks a config to what a laptop runs in seconds, on synthetic data."""
+  config.data.kind = 'synthetic'
+  config.model.kwargs.update(model_kwargs)
+  config.batch_size = 16
+  config.epochs = 2
+  config.log_every_steps = 5
+  config.checkpoint_every_steps = 10
+  return config
+
+
+def _optional(kind, value):
+  # A placeholder can be overridden on the command line, a plain None cannot.
+  field = config_dict.placeholder(kind)
+  if value is not None:
+    field.set(value)
+  return field

@@ -1,0 +1,37 @@
+"""Multi-Digits: two overlapped 8x8 digits, real data without a download.
+
+Stands for: no row of a paper. The same construction as Multi-MNIST on the
+  digits that come with scikit-learn, small enough for a first run.
+Command: python -m mtl_jax.main --config=configs/multi_digits.py:method=f_cagrad
+  --workdir=runs/multi_digits/f_cagrad
+Hardware: two CPU cores. Time: not yet run.
+Expected score: not yet run.
+
+Arguments: `method`, `seed`, `runlocal`; see `configs/methods.py` for methods.
+"""
+
+import ml_collections
+
+from configs import common
+from configs import methods
+
+
+def get_config(argument: str = '') -> ml_collections.ConfigDict:
+  """The config; `argument` is what follows the colon on the command line."""
+  args = common.parse_arguments(
+    argument, method='f_cagrad', seed=0, runlocal=False
+  )
+  config = common.make_config(
+    problem='multi_digits',
+    method=methods.entry(args.method, rho=0.05),
+    model='mlp',
+    model_kwargs={'widths': (128, 64), 'dropout': 0.0},
+    seed=args.seed,
+  )
+  config.batch_size = 128
+  config.epochs = 30
+  config.eval_every_epochs = 2
+  config.log_every_steps = 37
+  if args.runlocal:
+    common.run_local(config, widths=(16, 8))
+  return config.lock()

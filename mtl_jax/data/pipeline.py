@@ -1,0 +1,190 @@
+"""From a source of examples to the batches of a step.
+
+The global batch of a training step is a function of (seed, step) only: every
+epoch visits all examples once in an order drawn from (seed, epoch), and a step
+is a place in it. Each process takes its slice. So the step is the whole
+position in the data, whatever the number of processes.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import functools
+
+import grain
+import numpy as np
+
+from mtl_jax import types
+from mtl_jax.data import shuffle
+from mtl_jax.data.sources import ArraySource as ArraySource
+from mtl_jax.data.sources import in_memory as in_memory
+from mtl_jax.data.sources import TfdsSource as TfdsSource
+
+
+def steps_per_epoch(source: types.Source, batch_size: int) -> int:
+  """Number of full global batches in the source.
+
+  Args:
+    source: the examples.
+    batch_size: size of the global batch, over all processes.
+
+  Returns:
+    How many steps an epoch has; what does not fill a batch is left out of the
+    epoch (of each epoch something else).
+
+  Raises:
+    ValueError: if `batch_size` is not in [1, len(source)].
+  """
+  if not 1 <= batch_size <= len(source):
+    raise ValueError(
+      f'batch_size must be at least 1 and at most the {len(source)} examples '
+      f'of the source, got {batch_size}'
+    )
+  return len(source) // batch_size
+
+
+def train_batches(
+  source: types.Source,
+  *,
+  seed: int,
+  batch_size: int,
+  num_steps: int,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+  prefetch: int = 2,
+) -> Iterator[types.Batch]:
+  """The batches of training steps `start_step` to `num_steps - 1`.
+
+  Starting at step k gives what is left after skipping k batches, and the
+  slices of all processes put together are the same global batch for any number
+  of processes.
+
+  Args:
+    source: the examples.
+    seed: decides the order of every epoch.
+    batch_size: size of the global batch, over all processes.
+    num_steps: number of steps of the whole training, counted from step 0.
+    start_step: the step to start at; where an interrupted training goes on.
+    process_index: which of the processes this is.
+    process_count: number of processes.
+    prefetch: number of batches made ahead in a background thread; 0 makes each
+      when it is asked for.
+
+  Returns:
+    An iterator of batches of `batch_size // process_count` examples. Closing it
+    (`.close()`, or dropping it) ends the thread.
+
+  Raises:
+    ValueError: if `batch_size` exceeds the source or does not divide by
+      `process_count`, or another argument is out of bounds.
+  """
+  epoch_steps = steps_per_epoch(source, batch_size)
+  rows = _process_rows(batch_size, process_index, process_count)
+  if not 0 <= start_step <= num_steps:
+    raise ValueError(
+      f'start_step must be in [0, num_steps={num_steps}], got {start_step}'
+    )
+  size = len(source)
+  # An epoch's order is drawn once. Two are kept, for batches made ahead over
+  # the end of an epoch.
+  order = functools.lru_cache(maxsize=2)(
+    lambda epoch: shuffle.permutation(size, seed, epoch)
+  )
+  order(start_step // epoch_steps)  # A wrong seed raises here, not in a thread.
+
+  def batch_of(step):
+    epoch, place = divmod(int(step), epoch_steps)
+    first = place * batch_size
+    return source.__getitems__(
+      order(epoch)[first + rows.start : first + rows.stop]
+    )
+
+  return _iterate(batch_of, start_step, num_steps, prefetch)
+
+
+def eval_batches(
+  source: types.Source,
+  *,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  prefetch: int = 2,
+) -> Iterator[types.Batch]:
+  """Every example once, in order, in batches of one shape.
+
+  The last batch is filled up with examples whose masks are zero. Every process
+  gets the same number of batches.
+
+  Args:
+    source: the examples.
+    batch_size: size of the global batch, over all processes; it may exceed the
+      source.
+    process_index: which of the processes this is.
+    process_count: number of processes.
+    prefetch: number of batches made ahead in a background thread; 0 makes each
+      when it is asked for.
+
+  Returns:
+    An iterator of batches of `batch_size // process_count` examples.
+
+  Raises:
+    ValueError: if `batch_size` is not positive or does not divide by
+      `process_count`, or another argument is out of bounds.
+  """
+  size = len(source)
+  rows = _process_rows(batch_size, process_index, process_count)
+
+  def batch_of(step):
+    first = int(step) * batch_size
+    indices = np.arange(first + rows.start, first + rows.stop)
+    batch = source.__getitems__(np.minimum(indices, size - 1))
+    if indices[-1] < size:
+      return batch
+    present = (indices < size).astype(np.float32)
+    mask = {
+      task: m * present.reshape(-1, *(1,) * (m.ndim - 1))
+      for task, m in batch['mask'].items()
+    }
+    return {**batch, 'mask': mask}
+
+  return _iterate(batch_of, 0, -(-size // batch_size), prefetch)
+
+
+def _process_rows(batch_size, process_index, process_count):
+  """The rows of the global batch that a process holds."""
+  if batch_size < 1 or process_count < 1 or batch_size % process_count:
+    raise ValueError(
+      'batch_size must be positive and divide by process_count='
+      f'{process_count}, got {batch_size}'
+    )
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f'process_index must be in [0, process_count={process_count}), '
+      f'got {process_index}'
+    )
+  local = batch_size // process_count
+  return slice(process_index * local, (process_index + 1) * local)
+
+
+def _iterate(
+  batch_of: Callable[[int], types.Batch], start: int, stop: int, prefetch: int
+) -> Iterator[types.Batch]:
+  """Batches `start` to `stop - 1`, made ahead in a thread."""
+  if prefetch < 0:
+    raise ValueError(f'prefetch must not be negative, got {prefetch}')
+  if start == stop:
+    return iter(())
+  dataset = grain.MapDataset.range(start, stop).map(batch_of)
+  options = grain.ReadOptions(
+    num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch
+  )
+  return _closing(iter(dataset.to_iter_dataset(options)))
+
+
+def _closing(batches):
+  # A generator, so that leaving a loop early, by `break` or by an exception,
+  # ends the thread as soon as the iterator is dropped.
+  try:
+    yield from batches
+  finally:
+    batches.close()

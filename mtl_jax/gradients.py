@@ -1,0 +1,400 @@
+"""Gradients of every task, in one forward pass.
+
+`task_grad` turns a function that gives one loss per task into two: the task
+gradients at given parameters, and those with every task at parameters of its
+own, which is what `flat_minima` asks for. How the T evaluations run is chosen
+here and nowhere else.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax import transforms
+from mtl_jax import types
+from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _inner
+from mtl_jax.transforms import _labels
+
+_ENGINES = ('unroll', 'vmap', 'scan')
+
+
+class TaskGrad(NamedTuple):
+  """What `task_grad` returns.
+
+  Attributes:
+    at: `(params, *args) -> ((losses [T], aux), task_grads)`: all tasks at the
+      same parameters; one forward pass, T pull-backs. aux is None without
+      `has_aux`.
+    at_each: `(task_params, *args) -> (losses [T], task_grads)`: task i at its
+      own parameters, row i of shared leaves [T, *shape]; all other leaves
+      [*shape].
+  """
+
+  at: Callable[..., tuple[tuple[jax.Array, Any], types.TaskGrads]]
+  at_each: Callable[..., tuple[jax.Array, types.TaskGrads]]
+
+
+class _Parts:
+  """Parameters as (shared leaves, leaves by task, frozen leaves) and back."""
+
+  def __init__(self, param_labels, tree, task_names):
+    self._partition = _labels.Partition(param_labels, tree, task_names)
+    self._labels = self._partition.labels
+    self._task_names = task_names
+
+  def split(self, tree):
+    leaves = self._partition.leaves(tree)
+    pick = lambda label: [
+      x for x, own in zip(leaves, self._labels, strict=True) if own == label
+    ]
+    heads = {task: pick(task) for task in self._task_names}
+    return pick(_labels.SHARED), heads, pick(_labels.FROZEN)
+
+  def join(self, shared, heads, frozen):
+    parts = {
+      _labels.SHARED: iter(shared),
+      _labels.FROZEN: iter(frozen),
+      **{task: iter(head) for task, head in heads.items()},
+    }
+    return self._partition.tree([next(parts[own]) for own in self._labels])
+
+
+def task_grad(
+  loss_fn: Callable[..., Any],
+  task_names: Sequence[str],
+  *,
+  param_labels: transforms.ParamLabels = transforms.default_labels,
+  engine: str = 'unroll',
+  micro_batches: int = 1,
+  has_aux: bool = False,
+) -> TaskGrad:
+  """Task gradients of a function that gives one loss per task.
+
+  Args:
+    loss_fn: `(params, *args) -> {task: scalar}`, or `(losses, aux)` with
+      `has_aux`. An array [T] is accepted in place of the dictionary; the work
+      of other tasks' heads is then not always left out.
+    task_names: the tasks, in the order of every task axis.
+    param_labels: see `mtl_jax.shared_only`. A leaf used by more than one task
+      is shared; a task's own leaf must not influence another task's loss.
+    engine: how T tasks are evaluated; the numbers are the same. `'unroll'`: one
+      after the other in one program, each task's scalar differentiated alone,
+      so that other heads cost nothing. `'vmap'`: batched over tasks; every
+      head is evaluated for every task. `'scan'`: a loop over tasks whose
+      results are written into the stack in place, for many tasks or little
+      memory.
+    micro_batches: n; the batch is cut into n slices whose task gradients are
+      averaged by label counts, before anything is made of them. The first of
+      `*args` is the batch: all its leaves [B, ...] are cut, row r going to
+      slice r mod n; `batch['mask'][task]`, where it is there, holds the counts.
+      Other arguments (a key, say) go to each slice as they are. Leaves of aux
+      come back with a leading axis n.
+    has_aux: whether `loss_fn` returns `(losses, aux)`. `at_each` drops aux.
+
+  Returns:
+    `TaskGrad(at, at_each)`. In task gradients a shared leaf is [T, *shape], a
+    head's leaf [*shape] holds the gradient of its own task's loss, and a
+    frozen leaf is zero.
+
+  Raises:
+    ValueError: for another engine, `micro_batches` below 1 or that does not
+      divide the batch, and for losses that are not one scalar per task.
+
+  Examples:
+    >>> import jax.numpy as jnp, mtl_jax
+    >>> params = {'shared': jnp.array(2.0), 'heads': {'a': jnp.array(3.0),
+    ...           'b': jnp.array(5.0)}}
+    >>> def loss_fn(params, x):
+    ...   return {task: params['shared'] * head * x
+    ...           for task, head in params['heads'].items()}
+    >>> at, at_each = mtl_jax.task_grad(loss_fn, ('a', 'b'))
+    >>> (losses, _), grads = at(params, 1.0)
+    >>> print(losses, grads['shared'], grads['heads']['b'])
+    [ 6. 10.] [3. 5.] 2.0
+    >>> own = {'shared': jnp.array([2.0, 4.0]), 'heads': params['heads']}
+    >>> losses, grads = at_each(own, 1.0)
+    >>> print(losses, grads['shared'], grads['heads']['b'])
+    [ 6. 20.] [3. 5.] 4.0
+  """
+  names = _labels.check_task_names(task_names)
+  _aggregator.one_of('engine', engine, _ENGINES)
+  if micro_batches < 1:
+    raise ValueError(f'micro_batches must be at least 1, got {micro_batches}')
+  size = len(names)
+
+  def losses_of(params, *args):
+    """The losses as a tuple of T scalars, and aux."""
+    out = loss_fn(params, *args)
+    losses, aux = out if has_aux else (out, None)
+    return _as_scalars(losses, names), aux
+
+  def at(params, *args):
+    parts = _Parts(param_labels, params, names)
+    shared, heads, frozen = parts.split(params)
+
+    def f(shared, heads):
+      return losses_of(parts.join(shared, heads, frozen), *args)
+
+    losses, pull, aux = jax.linearize(f, shared, heads, has_aux=True)
+
+    def pull_back(i):
+      """Gradient of task i's loss alone: shared leaves and its own head."""
+      own = names[i]
+
+      def tangent(shared_dot, head_dot):
+        zero = jax.tree.map(jnp.zeros_like, heads)
+        return pull(shared_dot, {**zero, own: head_dot})[i]
+
+      transposed = jax.linear_transpose(tangent, shared, heads[own])
+      return transposed(jnp.ones_like(losses[i]))
+
+    if engine == 'unroll':
+      grads = [pull_back(i) for i in range(size)]
+      stack = [
+        jnp.stack(rows) for rows in zip(*(g[0] for g in grads), strict=True)
+      ]
+      own_heads = {task: g[1] for task, g in zip(names, grads, strict=True)}
+    elif engine == 'vmap':
+      transposed = jax.linear_transpose(
+        lambda dot: jnp.stack(pull(dot, jax.tree.map(jnp.zeros_like, heads))),
+        shared,
+      )
+      stack = jax.vmap(transposed)(jnp.eye(size, dtype=losses[0].dtype))[0]
+      own_heads = {
+        task: jax.linear_transpose(
+          lambda dot, i=i, task=task: pull(
+            jax.tree.map(jnp.zeros_like, shared),
+            {**jax.tree.map(jnp.zeros_like, heads), task: dot},
+          )[i],
+          heads[task],
+        )(jnp.ones_like(losses[i]))[0]
+        for i, task in enumerate(names)
+      }
+    else:
+      _, stack, own_heads = _scan_tasks(
+        lambda i, _: (losses[i], *pull_back(i)), names, [], heads
+      )
+    zeros = jax.tree.map(jnp.zeros_like, frozen)
+    return (jnp.stack(losses), aux), parts.join(stack, own_heads, zeros)
+
+  def at_each(task_params, *args):
+    parts = _Parts(param_labels, task_params, names)
+    stack, heads, frozen = parts.split(task_params)
+
+    def own_loss(i, shared, head):
+      losses, _ = losses_of(
+        parts.join(shared, {**heads, names[i]: head}, frozen), *args
+      )
+      return losses[i]
+
+    def evaluate(i, shared):
+      return jax.value_and_grad(own_loss, argnums=(1, 2))(
+        i, shared, heads[names[i]]
+      )
+
+    if engine == 'unroll':
+      found = [evaluate(i, [x[i] for x in stack]) for i in range(size)]
+      losses = jnp.stack([loss for loss, _ in found])
+      shared_grads = [
+        jnp.stack(rows)
+        for rows in zip(*(grads[0] for _, grads in found), strict=True)
+      ]
+      own_heads = {
+        task: grads[1] for task, (_, grads) in zip(names, found, strict=True)
+      }
+    elif engine == 'vmap':
+
+      def total(stack, heads):
+        # The index keeps the map alive where nothing is shared.
+        each = jax.vmap(
+          lambda i, shared: jnp.stack(
+            losses_of(parts.join(shared, heads, frozen), *args)[0]
+          )[i]
+        )
+        own = each(jnp.arange(size), stack)
+        return jnp.sum(own), own
+
+      grads, losses = jax.grad(total, argnums=(0, 1), has_aux=True)(
+        stack, heads
+      )
+      shared_grads, own_heads = grads
+    else:
+
+      def of_task(i, shared):
+        loss, (shared_grad, head_grad) = evaluate(i, shared)
+        return loss, shared_grad, head_grad
+
+      losses, shared_grads, own_heads = _scan_tasks(
+        of_task, names, stack, heads
+      )
+    zeros = jax.tree.map(jnp.zeros_like, frozen)
+    return losses, parts.join(shared_grads, own_heads, zeros)
+
+  if micro_batches == 1:
+    return TaskGrad(at, at_each)
+  return _accumulated(TaskGrad(at, at_each), names, param_labels, micro_batches)
+
+
+def _as_scalars(losses: Any, names: tuple[str, ...]) -> tuple[jax.Array, ...]:
+  if isinstance(losses, Mapping):
+    if set(losses) != set(names):
+      raise ValueError(
+        f'loss_fn must return a loss for each of {names}, got {tuple(losses)}'
+      )
+    scalars = tuple(jnp.asarray(losses[task]) for task in names)
+  else:
+    losses = jnp.asarray(losses)
+    if losses.shape != (len(names),):
+      raise ValueError(
+        f'loss_fn must return losses of shape ({len(names)},) or a dictionary '
+        f'of scalars, got shape {losses.shape}'
+      )
+    scalars = tuple(losses)
+  for task, loss in zip(names, scalars, strict=True):
+    if loss.shape:
+      raise ValueError(
+        f'the loss of task {task!r} must be a scalar, got shape {loss.shape}'
+      )
+  return scalars
+
+
+def _scan_tasks(
+  of_task: Callable[..., Any],
+  names: tuple[str, ...],
+  stack: Any,
+  heads: Mapping[str, Any],
+) -> tuple[jax.Array, Any, dict[str, Any]]:
+  """A loop over tasks; each result is written into its place.
+
+  Args:
+    of_task: `(i, row i of stack) -> (loss, shared gradient, head gradient)`
+      with i a Python integer.
+    names: the tasks.
+    stack: leaves [T, ...] to take rows of.
+    heads: {task: leaves}, of the shapes of the head gradients.
+
+  Returns:
+    losses [T], shared gradients [T, ...], head gradients by task.
+  """
+
+  def branch(i):
+    def run(row, own_heads):
+      loss, shared_grad, head_grad = of_task(i, row)
+      return loss, shared_grad, {**own_heads, names[i]: head_grad}
+
+    return run
+
+  branches = [branch(i) for i in range(len(names))]
+
+  def step(own_heads, i):
+    loss, shared_grad, own_heads = jax.lax.switch(
+      i, branches, [x[i] for x in stack], own_heads
+    )
+    return own_heads, (loss, shared_grad)
+
+  # Every entry of the carry is overwritten, so the parameters do to start with.
+  own_heads, (losses, grads) = jax.lax.scan(
+    step, dict(heads), jnp.arange(len(names))
+  )
+  return losses, grads, own_heads
+
+
+def _accumulated(task_grad_fns, names, param_labels, slices) -> TaskGrad:
+  """The same pair of functions, over slices of the batch one at a time."""
+
+  def run(fn, params, batch, args):
+    """`fn` of every slice: weighted sum of its first two results, stacked aux.
+
+    Args:
+      fn: `(params, batch, *args) -> (losses, aux, task_grads)`.
+    """
+    partition = _labels.Partition(param_labels, params, names)
+    cut = jax.tree.map(lambda x: _cut(x, slices), batch)
+    counts = _label_counts(cut, names, slices)
+    weights = counts / jnp.maximum(jnp.sum(counts, axis=0), 1)
+
+    def weigh(weight, grads):
+      scaled = [
+        g * (_inner.row(weight, g) if label == _labels.SHARED else 1.0)
+        if owner is None
+        else g * weight[owner]
+        for g, label, owner in zip(
+          partition.leaves(grads),
+          partition.labels,
+          partition.owners,
+          strict=True,
+        )
+      ]
+      return partition.tree(
+        [
+          x.astype(g.dtype)
+          for x, g in zip(scaled, partition.leaves(grads), strict=True)
+        ]
+      )
+
+    def one(slice_and_weight):
+      piece, weight = slice_and_weight
+      losses, aux, grads = fn(params, piece, *args)
+      return weight * losses, weigh(weight, grads), aux
+
+    def step(total, slice_and_weight):
+      losses, grads, aux = one(slice_and_weight)
+      return jax.tree.map(jnp.add, total, (losses, grads)), aux
+
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], (cut, weights)))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+    (losses, grads), aux = jax.lax.scan(step, start, (cut, weights))
+    return losses, aux, grads
+
+  def at(params, batch, *args):
+    def fn(*inputs):
+      (losses, aux), grads = task_grad_fns.at(*inputs)
+      return losses, aux, grads
+
+    losses, aux, grads = run(fn, params, batch, args)
+    return (losses, aux), grads
+
+  def at_each(task_params, batch, *args):
+    def fn(*inputs):
+      losses, grads = task_grad_fns.at_each(*inputs)
+      return losses, None, grads
+
+    losses, _, grads = run(fn, task_params, batch, args)
+    return losses, grads
+
+  return TaskGrad(at, at_each)
+
+
+def _cut(x: jax.Array, slices: int) -> jax.Array:
+  """[B, ...] as [slices, B / slices, ...]; row r is in slice r mod slices.
+
+  Neighbouring rows lie on one device where the batch is sharded; taking every
+  n-th of them leaves each slice spread over all devices.
+  """
+  if not jnp.shape(x) or x.shape[0] % slices:
+    raise ValueError(
+      f'micro_batches={slices} must divide the leading axis of every leaf of '
+      f'the batch, got shape {jnp.shape(x)}'
+    )
+  x = x.reshape(x.shape[0] // slices, slices, *x.shape[1:])
+  return jnp.swapaxes(x, 0, 1)
+
+
+def _label_counts(cut: Any, names: tuple[str, ...], slices: int) -> jax.Array:
+  """Number of present labels [slices, T]; ones where the batch has no masks."""
+  masks = cut.get('mask', {}) if isinstance(cut, Mapping) else {}
+  counts = [
+    jnp.sum(
+      masks[task].astype(jnp.float32), axis=tuple(range(1, masks[task].ndim))
+    )
+    if task in masks
+    else jnp.ones(slices)
+    for task in names
+  ]
+  return jnp.stack(counts, axis=1)

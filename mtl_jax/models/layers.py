@@ -1,0 +1,282 @@
+"""Convolution, pooling and dense layers that are fast on every backend.
+
+XLA's CPU backend has slow paths for exactly the shapes of small images: the
+gradient of overlapping `reduce_window`, convolutions on images of 2x2 or 3x3,
+the gradient of a convolution with a stride, and wide kernels over few channels.
+On CPU those are written here as matrix products; on GPU and TPU the native
+operation is used.
+
+The choice is made by `jax.default_backend()` while tracing.
+`jax.lax.platform_dependent` would choose while lowering, but it is a
+conditional: its derivative keeps the intermediate values of both branches. The
+price is that a computation sent to the CPU of a machine with an accelerator
+gets the native operation: the same numbers, slower.
+"""
+
+from collections.abc import Sequence
+
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+# Above these sizes the copies made below cost more than the slow path.
+_MAX_BAND_CHANNELS = 16
+_MAX_BAND_WIDTH = 40
+_MAX_PATCHES = 400
+
+
+def dense(features: int, fan_in: int, name: str | None = None) -> nn.Dense:
+  """A dense layer with PyTorch's default initialization.
+
+  Kernel and bias are uniform in +-1/sqrt(fan_in), as in `torch.nn.Linear`.
+
+  Args:
+    features: number of outputs.
+    fan_in: number of inputs, which the layer cannot tell when it draws its
+      bias.
+    name: name of the layer inside a compact module.
+
+  Returns:
+    The layer.
+  """
+  return nn.Dense(
+    features,
+    kernel_init=nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
+    bias_init=_symmetric_uniform(fan_in**-0.5),
+    name=name,
+  )
+
+
+def conv(
+  features: int,
+  kernel_size: int,
+  *,
+  stride: int = 1,
+  padding: int = 0,
+  kernel_init=None,
+  bias_fan_in: int | None = None,
+  name: str | None = None,
+) -> nn.Conv:
+  """A square convolution, padded alike on all sides as in PyTorch.
+
+  `'SAME'` with a stride of 2 pads an even image on one side only, which is
+  another function.
+
+  Args:
+    features: number of output channels.
+    kernel_size: height and width of the kernel.
+    stride: stride in both directions.
+    padding: zeros on each side.
+    kernel_init: initializer of the kernel; by default PyTorch's, uniform in
+      +-1/sqrt(fan_in).
+    bias_fan_in: the kernel's fan-in (height x width x input channels), with
+      which a bias is drawn uniformly in +-1/sqrt(fan_in); None for no bias.
+    name: name of the layer inside a compact module.
+
+  Returns:
+    The layer.
+  """
+  return nn.Conv(
+    features,
+    (kernel_size, kernel_size),
+    strides=(stride, stride),
+    padding=[(padding, padding), (padding, padding)],
+    use_bias=bias_fan_in is not None,
+    kernel_init=kernel_init
+    or nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
+    bias_init=_symmetric_uniform((bias_fan_in or 1) ** -0.5),
+    conv_general_dilated=conv_general_dilated,
+    name=name,
+  )
+
+
+def conv_general_dilated(
+  inputs: jax.Array,
+  kernel: jax.Array,
+  strides: Sequence[int],
+  padding,
+  *,
+  lhs_dilation=None,
+  rhs_dilation=None,
+  dimension_numbers=None,
+  feature_group_count: int = 1,
+  precision=None,
+) -> jax.Array:
+  """`jax.lax.conv_general_dilated`, by matrix products where CPUs need it.
+
+  For `flax.linen.Conv(conv_general_dilated=...)`.
+
+  Args:
+    inputs: images [B, H, W, C].
+    kernel: [height, width, C, features].
+    strides: stride in each direction.
+    padding: a pair of amounts for each direction, or a string of `lax`.
+    lhs_dilation: see `jax.lax.conv_general_dilated`; leads to that function.
+    rhs_dilation: likewise.
+    dimension_numbers: layout, understood here as NHWC, HWIO, NHWC.
+    feature_group_count: likewise; groups lead to `jax.lax`.
+    precision: precision of the products.
+
+  Returns:
+    Images [B, H', W', features].
+  """
+  plain = (
+    inputs.ndim == 4
+    and not isinstance(padding, str)
+    and feature_group_count == 1
+    and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+  )
+  form = None
+  if plain and jax.default_backend() == 'cpu':
+    form = _cpu_form(inputs.shape, kernel.shape, strides, padding)
+  if form is not None:
+    return form(inputs, kernel, strides, padding, precision)
+  return lax.conv_general_dilated(
+    inputs,
+    kernel,
+    strides,
+    padding,
+    lhs_dilation=lhs_dilation,
+    rhs_dilation=rhs_dilation,
+    dimension_numbers=dimension_numbers,
+    feature_group_count=feature_group_count,
+    precision=precision,
+  )
+
+
+def max_pool(
+  x: jax.Array, window: int, stride: int, padding: int = 0
+) -> jax.Array:
+  """Maximum over square windows.
+
+  The gradient of a window goes to its first maximum in row-major order, on
+  every backend (as in PyTorch), so the gradients of the inputs add up to the
+  cotangent. A NaN in a window is its maximum.
+
+  Args:
+    x: images [B, H, W, C], floating point.
+    window: height and width of the window.
+    stride: stride in both directions.
+    padding: minus infinities on each side; at most half the window.
+
+  Returns:
+    Images [B, H', W', C] with H' = (H + 2 padding - window) // stride + 1.
+
+  Raises:
+    ValueError: if the padding exceeds half the window.
+  """
+  if padding > window // 2:
+    raise ValueError(
+      f'padding must be at most half the window {window}, got {padding}'
+    )
+  if jax.default_backend() == 'cpu':
+    return _max_pool_by_slices(x, window, stride, padding)
+  return nn.max_pool(
+    x, (window, window), (stride, stride), [(padding, padding)] * 2
+  )
+
+
+def _symmetric_uniform(bound):
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def _cpu_form(shape, kernel_shape, strides, padding):
+  """The form that is fastest for these shapes, or None for the native one."""
+  _, _, width, channels = shape
+  out_height, out_width = _out_size(shape, kernel_shape, strides, padding)
+  if (
+    tuple(strides) == (1, 1)
+    and channels <= _MAX_BAND_CHANNELS
+    and width <= _MAX_BAND_WIDTH
+  ):
+    return _conv_by_bands
+  if out_height * out_width <= _MAX_PATCHES:
+    return _conv_by_patches
+  return None
+
+
+def _out_size(shape, kernel_shape, strides, padding):
+  return tuple(
+    (shape[1 + i] + sum(padding[i]) - kernel_shape[i]) // strides[i] + 1
+    for i in range(2)
+  )
+
+
+def _windows(x, kernel_shape, strides, out_size):
+  """Yields, for each place in the window, its value at all outputs."""
+  for i in range(kernel_shape[0]):
+    for j in range(kernel_shape[1]):
+      yield lax.slice(
+        x,
+        (0, i, j, 0),
+        (
+          x.shape[0],
+          i + (out_size[0] - 1) * strides[0] + 1,
+          j + (out_size[1] - 1) * strides[1] + 1,
+          x.shape[3],
+        ),
+        (1, *strides, 1),
+      )
+
+
+def _conv_by_patches(x, kernel, strides, padding, precision):
+  """One product of all patches [B, H', W', patch] with the kernel."""
+  out_size = _out_size(x.shape, kernel.shape, strides, padding)
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  patches = jnp.concatenate(
+    list(_windows(x, kernel.shape, strides, out_size)), axis=-1
+  )
+  return jnp.matmul(
+    patches, kernel.reshape(-1, kernel.shape[-1]), precision=precision
+  )
+
+
+def _conv_by_bands(x, kernel, strides, padding, precision):
+  """One product of stacks of rows with a banded matrix over the width.
+
+  Row `h` of the output is the stack of the input's rows that the kernel covers,
+  [kernel height x W x C], times a matrix [kernel height x W x C, W' x features]
+  that holds the kernel once for every output column. It multiplies by zeros
+  too, but copies far less than patches do when the channels are few.
+  """
+  height, kernel_width, channels, features = kernel.shape
+  out_height, out_width = _out_size(x.shape, kernel.shape, strides, padding)
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  batch, _, width, _ = x.shape
+  band = jnp.stack(
+    [
+      jnp.pad(
+        kernel, ((0, 0), (j, width - kernel_width - j), (0, 0), (0, 0))
+      )
+      for j in range(out_width)
+    ],
+    axis=3,
+  ).reshape(height * width * channels, out_width * features)
+  rows = jnp.concatenate(
+    [
+      x[:, i : i + out_height].reshape(batch, out_height, width * channels)
+      for i in range(height)
+    ],
+    axis=-1,
+  )
+  out = jnp.matmul(rows, band, precision=precision)
+  return out.reshape(batch, out_height, out_width, features)
+
+
+def _max_pool_by_slices(x, window, stride, padding):
+  """The running maximum of strided slices, by selections.
+
+  `jnp.maximum` would split the gradient of a tie; a selection gives it to the
+  first, which is what `reduce_window` does.
+  """
+  kernel_shape, strides, pads = (window,) * 2, (stride,) * 2, [(padding,) * 2]
+  out_size = _out_size(x.shape, kernel_shape, strides, pads * 2)
+  x = jnp.pad(x, ((0, 0), *pads * 2, (0, 0)), constant_values=-jnp.inf)
+  first, *rest = _windows(x, kernel_shape, strides, out_size)
+  for value in rest:
+    first = jnp.where((value > first) | jnp.isnan(value), value, first)
+  return first

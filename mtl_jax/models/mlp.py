@@ -1,0 +1,32 @@
+"""A multi-layer perceptron on flattened images."""
+
+from flax import linen as nn
+import jax
+
+from mtl_jax.models import layers
+
+
+class MLP(nn.Module):
+  """Dense layers with ReLU, initialized as PyTorch does by default.
+
+  Attributes:
+    widths: width of each layer; the last is the width of the output. Without
+      any, the output is the flattened image.
+    dropout: probability with which an activation is dropped in training, after
+      every layer; the others are scaled by 1 / (1 - dropout).
+  """
+
+  widths: tuple[int, ...] = (128, 64)
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
+    """Features [B, widths[-1]] of images [B, ...]."""
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'dropout must be in [0, 1), got {self.dropout}')
+    x = image.reshape(image.shape[0], -1)
+    for index, width in enumerate(self.widths):
+      x = layers.dense(width, x.shape[-1], f'dense_{index + 1}')(x)
+      x = nn.relu(x)
+      x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    return x

@@ -1,0 +1,102 @@
+"""ResNets of basic blocks, as torchvision builds them."""
+
+from collections.abc import Sequence
+
+from flax import linen as nn
+import jax
+
+from mtl_jax.models import layers
+
+_kaiming_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+
+
+class ResNet(nn.Module):
+  """A residual network of basic blocks; ResNet-18 by default.
+
+  A 7x7 convolution with stride 2, BatchNorm, ReLU, a 3x3 maximum with stride 2;
+  stages of basic blocks, each stage but the first halving the image; the mean
+  over the image; a dense layer; ReLU. All paddings are symmetric, as in
+  torchvision.
+
+  For images of 36x36x1 this is the network of Phan et al.'s Multi-MNIST
+  experiments: 11,221,540 parameters, torchvision's `resnet18` with a new first
+  convolution and a new last layer. So are the initial values: convolutions
+  normal with variance 2 / fan_out (He et al., 2015), except the first, which
+  like the dense layer has PyTorch's default, uniform in +-1/sqrt(fan_in).
+
+  BatchNorm has epsilon 1e-5 and moves its statistics by a tenth a step. Its
+  running variance is that of the batch, where PyTorch multiplies by n / (n - 1)
+  with n the number of values in a channel.
+
+  Attributes:
+    widths: channels of each stage; the first convolution has the first of them.
+    blocks: number of basic blocks of each stage.
+    features: width of the output.
+
+  References:
+    He et al., `Deep Residual Learning for Image Recognition
+    <https://arxiv.org/abs/1512.03385>`_, 2016
+
+    Phan et al., `Improving Multi-task Learning via Seeking Task-based Flat
+    Regions <https://arxiv.org/abs/2211.13723>`_, 2022
+  """
+
+  widths: Sequence[int] = (64, 128, 256, 512)
+  blocks: Sequence[int] = (2, 2, 2, 2)
+  features: int = 100
+
+  @nn.compact
+  def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
+    """Features [B, features] of images [B, H, W, C]."""
+    if len(self.widths) != len(self.blocks):
+      raise ValueError(
+        f'widths {tuple(self.widths)} and blocks {tuple(self.blocks)} must have'
+        ' one entry for each stage'
+      )
+    x = layers.conv(self.widths[0], 7, stride=2, padding=3, name='conv')(image)
+    x = nn.relu(_batch_norm(train, 'norm')(x))
+    x = layers.max_pool(x, 3, 2, 1)
+    for stage, (width, count) in enumerate(
+      zip(self.widths, self.blocks, strict=True)
+    ):
+      for block in range(count):
+        stride = 2 if stage > 0 and block == 0 else 1
+        x = _BasicBlock(width, stride, name=f'block_{stage + 1}_{block + 1}')(
+          x, train
+        )
+    x = x.mean((1, 2))
+    return nn.relu(layers.dense(self.features, x.shape[-1], 'dense')(x))
+
+
+class _BasicBlock(nn.Module):
+  """Two 3x3 convolutions around a shortcut, 1x1 where the shape changes."""
+
+  width: int
+  stride: int
+
+  @nn.compact
+  def __call__(self, x, train):
+    shortcut = x
+    if self.stride != 1 or x.shape[-1] != self.width:
+      shortcut = self._conv(1, self.stride, 0, 'conv_shortcut')(x)
+      shortcut = _batch_norm(train, 'norm_shortcut')(shortcut)
+    x = self._conv(3, self.stride, 1, 'conv_1')(x)
+    x = nn.relu(_batch_norm(train, 'norm_1')(x))
+    x = self._conv(3, 1, 1, 'conv_2')(x)
+    return nn.relu(_batch_norm(train, 'norm_2')(x) + shortcut)
+
+  def _conv(self, size, stride, padding, name):
+    return layers.conv(
+      self.width,
+      size,
+      stride=stride,
+      padding=padding,
+      kernel_init=_kaiming_fan_out,
+      name=name,
+    )
+
+
+def _batch_norm(train, name):
+  return nn.BatchNorm(
+    use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name
+  )

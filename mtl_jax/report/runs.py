@@ -1,0 +1,236 @@
+"""What a run left behind: finding run directories and reading them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+_RUN_FILES = ('run.json', 'metrics.jsonl')
+
+# Keys of a config that tell runs of one comparison apart by intention, or say
+# where files lie, which cannot change a number.
+_NOT_COMPARED = ('method', 'seed', 'workdir', 'data_dir', 'source_dir')
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training run, as its directory tells it.
+
+  Attributes:
+    directory: where it was read from.
+    problem: name of the problem.
+    method: name of the method, such as `'f_cagrad'`.
+    seed: seed of the run.
+    tasks: names of the tasks, in the problem's order.
+    higher_is_better: `{'task/metric': bool}`, each task's first metric before
+      its others.
+    config: the config with nested keys joined by dots.
+    info: `run.json` as it is.
+    lines: the lines of `metrics.jsonl`, in their order.
+    warnings: what a reader of the numbers should know about this run.
+  """
+
+  directory: pathlib.Path
+  problem: str
+  method: str
+  seed: int
+  tasks: tuple[str, ...]
+  higher_is_better: Mapping[str, bool]
+  config: Mapping[str, Any]
+  info: Mapping[str, Any]
+  lines: Sequence[Mapping[str, Any]]
+  warnings: tuple[str, ...] = ()
+
+  @property
+  def first_metrics(self) -> tuple[str, ...]:
+    """The first metric of each task, as `'task/metric'`."""
+    first: dict[str, str] = {}
+    for key in self.higher_is_better:
+      first.setdefault(key.rpartition('/')[0], key)
+    return tuple(first[task] for task in self.tasks)
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """The config without the method, the seed and the places of files."""
+    return {
+      key: value
+      for key, value in self.config.items()
+      if key.rpartition('.')[2] not in _NOT_COMPARED
+    }
+
+  @property
+  def evaluations(self) -> tuple[Mapping[str, Any], ...]:
+    """The lines that hold the first metric of every task on test."""
+    keys = [f'test/{key}' for key in self.first_metrics]
+    return tuple(
+      line for line in self.lines if all(key in line for key in keys)
+    )
+
+  @property
+  def finished(self) -> bool:
+    """Whether it ran to its end and was evaluated on test there."""
+    return self.info.get('finished') is not None and bool(self.evaluations)
+
+  @property
+  def last_step(self) -> int:
+    """The last step that the log knows of, 0 for an empty log."""
+    return max((line['step'] for line in self.lines), default=0)
+
+  def series(self, key: str) -> tuple[list[int], list[float], list[float]]:
+    """The steps, epochs and values of the lines that hold `key`."""
+    lines = [line for line in self.lines if line.get(key) is not None]
+    return (
+      [line['step'] for line in lines],
+      [float(line['epoch']) for line in lines],
+      [float(line[key]) for line in lines],
+    )
+
+
+def read_runs(
+  directories: Iterable[str | os.PathLike[str]],
+) -> tuple[list[Run], list[str]]:
+  """Reads every run directory at or below `directories`.
+
+  A run directory holds `run.json` and `metrics.jsonl`. One that is reached by
+  two of `directories` is read once.
+
+  Args:
+    directories: folders to search.
+
+  Returns:
+    The runs in the order of their paths, and what was left out or is odd, a
+    sentence each.
+
+  Raises:
+    ValueError: where a directory does not exist, where there is no run below
+      any of them, where a file is damaged (but for the last line of a log) and
+      where one method and seed of a problem was run twice with one config.
+  """
+  directories = [pathlib.Path(directory) for directory in directories]
+  found: dict[pathlib.Path, pathlib.Path] = {}
+  notes = []
+  for directory in directories:
+    if not directory.is_dir():
+      raise ValueError(f'directories must exist, got {str(directory)!r}')
+    for parent, children, files in os.walk(directory):
+      children[:] = sorted(set(children) - {'checkpoints'})
+      present = [name for name in _RUN_FILES if name in files]
+      path = pathlib.Path(parent)
+      if len(present) == len(_RUN_FILES):
+        found.setdefault(path.resolve(), path)
+      elif present:
+        (missing,) = set(_RUN_FILES) - set(present)
+        notes.append(f'Left out {path}: it has {present[0]} but no {missing}.')
+  if not found:
+    looked = ', '.join(str(directory) for directory in directories)
+    raise ValueError(
+      f'no run found in or below {looked}: a run directory holds '
+      f'{" and ".join(_RUN_FILES)}, as `python -m mtl_jax.main --workdir=DIR` '
+      'writes them' + ''.join(f'\n{note}' for note in notes)
+    )
+  runs = [read_run(found[key]) for key in sorted(found)]
+  _check_repeated(runs)
+  for run in runs:
+    notes.extend(run.warnings)
+  return runs, notes
+
+
+def read_run(directory: str | os.PathLike[str]) -> Run:
+  """Reads one run directory.
+
+  Args:
+    directory: a folder with `run.json`, `metrics.jsonl` and, where the run got
+      that far, `config.json`.
+
+  Returns:
+    The run. A last line of the log that is no JSON object, as a crash in the
+    middle of writing leaves it, is ignored and mentioned in `warnings`.
+
+  Raises:
+    ValueError: names the file (and line) that cannot be read.
+  """
+  directory = pathlib.Path(directory)
+  info = _read_object(directory / 'run.json')
+  config_file = directory / 'config.json'
+  config = _read_object(config_file) if config_file.exists() else {}
+  lines, warnings = _read_lines(directory / 'metrics.jsonl')
+  try:
+    run = Run(
+      directory=directory,
+      problem=str(info['problem']),
+      method=str(info['method']),
+      seed=int(info['seed']),
+      tasks=tuple(info['tasks']),
+      higher_is_better={
+        key: bool(value['higher_is_better'])
+        for key, value in info['metrics'].items()
+      },
+      config=flatten(config),
+      info=info,
+      lines=lines,
+      warnings=warnings,
+    )
+    run.first_metrics  # noqa: B018  every task must have a metric
+  except KeyError as error:
+    raise ValueError(f'{directory / "run.json"} has no entry {error}') from None
+  return run
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """`{'a': {'b': 1}}` as `{'a.b': 1}`; an empty mapping stays a value."""
+  flat: dict[str, Any] = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping) and value:
+      flat.update(flatten(value, f'{prefix}{key}.'))
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    value = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f'{path} is not valid JSON: {error}') from None
+  if not isinstance(value, dict):
+    raise ValueError(f'{path} must hold a JSON object, got {value!r}')
+  return value
+
+
+def _read_lines(
+  path: pathlib.Path,
+) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+  """The lines of a log, and a warning where the last one is broken."""
+  rows = path.read_bytes().split(b'\n')
+  while rows and not rows[-1].strip():
+    rows.pop()
+  lines = []
+  for number, row in enumerate(rows, 1):
+    try:
+      line = json.loads(row)
+      if not isinstance(line, dict) or not {'step', 'epoch'} <= line.keys():
+        raise ValueError("not an object with 'step' and 'epoch'")
+    except ValueError as error:
+      if number < len(rows):
+        raise ValueError(
+          f'{path}, line {number} cannot be read: {error}'
+        ) from None
+      return lines, (f'Ignored the broken last line {number} of {path}.',)
+    lines.append(line)
+  return lines, ()
+
+
+def _check_repeated(runs: Sequence[Run]) -> None:
+  first: dict[tuple[Any, ...], Run] = {}
+  for run in runs:
+    settings = json.dumps(run.settings, sort_keys=True)
+    key = (run.problem, run.method, run.seed, settings)
+    if key in first:
+      raise ValueError(
+        f'{run.method} with seed {run.seed} on {run.problem} was run twice '
+        f'with the same config: {first[key].directory} and {run.directory}; '
+        'remove one or name the directories to read'
+      )
+    first[key] = run

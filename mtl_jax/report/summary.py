@@ -1,0 +1,305 @@
+"""What runs of one problem say together: rows of means with their spread."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+import statistics
+from typing import Any, NamedTuple
+
+from mtl_jax.metrics.delta_m import delta_m
+from mtl_jax.report import variants
+from mtl_jax.report.runs import Run
+
+LAST = 'last'
+BEST_TEST = 'best_test'
+
+
+class Estimate(NamedTuple):
+  """Values over seeds and what is known from them.
+
+  Attributes:
+    values: one a seed, in the order of the seeds.
+    mean: their mean.
+    standard_deviation: with n - 1 in the denominator; None for a single seed.
+    standard_error: of the mean; None for a single seed.
+  """
+
+  values: tuple[float, ...]
+  mean: float
+  standard_deviation: float | None
+  standard_error: float | None
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+  """Mean and spread of `values`, of which there must be one at least.
+
+  Args:
+    values: one a seed. A value that is not finite makes all of them NaN.
+
+  Returns:
+    The estimate.
+
+  Raises:
+    ValueError: where there is no value.
+  """
+  values = tuple(float(value) for value in values)
+  if not values:
+    raise ValueError(f'values must not be empty, got {values}')
+  finite = all(math.isfinite(value) for value in values)
+  mean = math.fsum(values) / len(values) if finite else math.nan
+  if len(values) == 1:
+    return Estimate(values, mean, None, None)
+  deviation = statistics.stdev(values) if finite else math.nan
+  return Estimate(values, mean, deviation, deviation / math.sqrt(len(values)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A method, or one of several configs of it, over its finished seeds.
+
+  Attributes:
+    label: the method and, where it was run with several configs, what sets
+      this one apart.
+    method: name of the method.
+    runs: the finished runs by seed.
+    scores: `{'task/metric': estimate}` for every metric that all runs have.
+    average: mean over tasks of their first metric, where all have the same.
+    delta_m: relative change from single-task in per cent, negative is better.
+    wall_time_s: median over runs, in seconds; None where no run tells.
+    steps_per_second: median over runs.
+  """
+
+  label: str
+  method: str
+  runs: tuple[Run, ...]
+  scores: Mapping[str, Estimate]
+  average: Estimate | None
+  delta_m: Estimate | None
+  wall_time_s: float | None
+  steps_per_second: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """The runs of one problem, ready to be shown.
+
+  Attributes:
+    problem: name of the problem.
+    tasks: names of the tasks.
+    first_metrics: the first metric of each task, as `'task/metric'`.
+    higher_is_better: of every metric.
+    shared_metric: the metric's name where all tasks' first one has the same
+      name and direction, else None; only then is there an average.
+    selection: which evaluation is the score: `'last'` or `'best_test'`.
+    rows: single-task and linear first, then by name, each flat method after its
+      plain one.
+    unfinished: `(label, run)` of the runs that are in no row.
+    baselines: `{'task/metric': value}` that `delta_m` compares with.
+    baselines_source: where they come from; empty without any.
+    warnings: what to know before comparing rows.
+  """
+
+  problem: str
+  tasks: tuple[str, ...]
+  first_metrics: tuple[str, ...]
+  higher_is_better: Mapping[str, bool]
+  shared_metric: str | None
+  selection: str
+  rows: tuple[Row, ...]
+  unfinished: tuple[tuple[str, Run], ...]
+  baselines: Mapping[str, float]
+  baselines_source: str
+  warnings: tuple[str, ...]
+
+
+def by_problem(runs: Sequence[Run]) -> dict[str, list[Run]]:
+  """The runs of each problem, problems in alphabetical order."""
+  problems = sorted({run.problem for run in runs})
+  return {
+    problem: [run for run in runs if run.problem == problem]
+    for problem in problems
+  }
+
+
+def summarise(runs: Sequence[Run], selection: str = LAST) -> Summary:
+  """Puts the runs of one problem together.
+
+  Args:
+    runs: of one problem; unfinished ones are listed but enter no number.
+    selection: `'last'` takes the last evaluation on test, `'best_test'` the one
+      with the best average over tasks. The second is what some published
+      scripts do; it selects on test.
+
+  Returns:
+    The summary.
+
+  Raises:
+    ValueError: for no run, an unknown selection, several problems, runs whose
+      tasks or metrics differ, and `'best_test'` where tasks have no average.
+  """
+  if not runs:
+    raise ValueError(f'runs must not be empty, got {runs}')
+  if selection not in (LAST, BEST_TEST):
+    raise ValueError(
+      f'selection must be {LAST!r} or {BEST_TEST!r}, got {selection!r}'
+    )
+  first = runs[0]
+  for run in runs:
+    for name in ('problem', 'tasks', 'higher_is_better'):
+      if getattr(run, name) != getattr(first, name):
+        raise ValueError(
+          f'runs must have one {name}, got {getattr(first, name)} in '
+          f'{first.directory} and {getattr(run, name)} in {run.directory}'
+        )
+  shared_metric = _shared_metric(first)
+  if selection == BEST_TEST and shared_metric is None:
+    raise ValueError(
+      f"selection 'best_test' needs tasks with one metric, got "
+      f'{first.first_metrics}'
+    )
+  select = _selector(first, selection)
+
+  labels, warnings = variants.label_runs(runs)
+  groups: dict[str, list[Run]] = {}
+  for label, run in zip(labels, runs, strict=True):
+    if run.finished:
+      groups.setdefault(label, []).append(run)
+  groups = {
+    label: sorted(groups[label], key=lambda run: run.seed)
+    for label in sorted(groups, key=variants.sort_key)
+  }
+  baselines, source = _baselines(first, groups, select)
+  return Summary(
+    problem=first.problem,
+    tasks=first.tasks,
+    first_metrics=first.first_metrics,
+    higher_is_better=first.higher_is_better,
+    shared_metric=shared_metric,
+    selection=selection,
+    rows=tuple(
+      _row(label, group, select, shared_metric, baselines)
+      for label, group in groups.items()
+    ),
+    unfinished=tuple(
+      (label, run)
+      for label, run in zip(labels, runs, strict=True)
+      if not run.finished
+    ),
+    baselines=baselines,
+    baselines_source=source,
+    warnings=warnings,
+  )
+
+
+def _shared_metric(run: Run) -> str | None:
+  kinds = {
+    (key.rpartition('/')[2], run.higher_is_better[key])
+    for key in run.first_metrics
+  }
+  return next(iter(kinds))[0] if len(kinds) == 1 else None
+
+
+_Select = Callable[[Run], dict[str, float]]
+
+
+def _selector(first: Run, selection: str) -> _Select:
+  """A function from a run to `{'task/metric': value}` of one evaluation."""
+  sign = 1 if first.higher_is_better[first.first_metrics[0]] else -1
+
+  def average(line: Mapping[str, Any]) -> float:
+    values = [line[f'test/{key}'] for key in first.first_metrics]
+    mean = sign * math.fsum(values) / len(values)
+    return mean if math.isfinite(mean) else -math.inf
+
+  def select(run: Run) -> dict[str, float]:
+    lines = run.evaluations
+    line = lines[-1] if selection == LAST else max(lines, key=average)
+    return {
+      key: line[f'test/{key}']
+      for key in run.higher_is_better
+      if line.get(f'test/{key}') is not None
+    }
+
+  return select
+
+
+def _baselines(
+  first: Run, groups: Mapping[str, Sequence[Run]], select: _Select
+) -> tuple[dict[str, float], str]:
+  """What to compare with: single-task runs if any, else the problem's own.
+
+  The metrics compared are those the problem has baselines for, and the first
+  metric of each task for a problem without.
+  """
+  published = dict(first.info.get('baselines') or {})
+  keys = [key for key in first.higher_is_better if key in published]
+  single = [label for label, runs in groups.items() if runs[0].method == 'stl']
+  if not single:
+    source = first.info.get('baselines_source') or 'unnamed source'
+    values = {key: float(published[key]) for key in keys}
+    return values, source if values else ''
+  # Several configs of it: the one with the most seeds, the first of equals.
+  label = max(single, key=lambda name: len(groups[name]))
+  scores = [select(run) for run in groups[label]]
+  keys = [key for key in keys if all(key in score for score in scores)]
+  means = {
+    key: estimate([score[key] for score in scores]).mean
+    for key in keys or first.first_metrics
+  }
+  return means, f'the {len(scores)} finished run(s) of {label}'
+
+
+def _row(
+  label: str,
+  runs: Sequence[Run],
+  select: _Select,
+  shared_metric: str | None,
+  baselines: Mapping[str, float],
+) -> Row:
+  first = runs[0]
+  scores = [select(run) for run in runs]
+  averages = [
+    math.fsum(score[key] for key in first.first_metrics) / len(first.tasks)
+    for score in scores
+  ]
+  comparable = baselines and all(
+    value != 0 and math.isfinite(value) for value in baselines.values()
+  )
+  complete = all(baselines.keys() <= score.keys() for score in scores)
+  changes = [
+    delta_m(
+      {key: score[key] for key in baselines},
+      baselines,
+      {key: first.higher_is_better[key] for key in baselines},
+    )
+    for score in scores
+    if comparable and complete
+  ]
+  return Row(
+    label=label,
+    method=first.method,
+    runs=tuple(runs),
+    scores={
+      key: estimate([score[key] for score in scores])
+      for key in first.higher_is_better
+      if all(key in score for score in scores)
+    },
+    average=estimate(averages) if shared_metric else None,
+    delta_m=estimate(changes) if changes else None,
+    wall_time_s=_median(run.info.get('wall_time_s') for run in runs),
+    steps_per_second=_median(_rate(run) for run in runs),
+  )
+
+
+def _rate(run: Run) -> float | None:
+  """Steps a second: the median of the log, which leaves compilation out."""
+  _, _, rates = run.series('train/steps_per_second')
+  if rates:
+    return statistics.median(rates)
+  steps, seconds = run.info.get('steps'), run.info.get('wall_time_s')
+  return steps / seconds if steps and seconds else None
+
+
+def _median(values) -> float | None:
+  known = [value for value in values if value is not None]
+  return statistics.median(known) if known else None

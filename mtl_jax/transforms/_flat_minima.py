@@ -1,0 +1,368 @@
+"""Task-based flat minima around any aggregator."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _diagnostics
+from mtl_jax.transforms import _inner
+from mtl_jax.transforms import _labels
+from mtl_jax.transforms import _shared_only
+
+_COMBINATIONS = ('separate', 'direct', 'second', 'each')
+
+
+class FlatMinimaState(NamedTuple):
+  """State of `flat_minima`.
+
+  Attributes:
+    loss: the aggregator's state for the loss gradients (the only one with
+      `combine='direct'` and `'each'`).
+    flat: the aggregator's state for the flat gradients; empty where only one
+      aggregation takes place.
+    count: number of updates so far, int32; what a schedule of rho is called
+      with.
+  """
+
+  loss: Any
+  flat: Any
+  count: jax.Array  # type: ignore[assignment]
+
+  def diagnostics(self) -> dict[str, Any]:
+    """What there is to see in both states, as `'loss/...'`, `'flat/...'`."""
+    parts = {'loss': self.loss, 'flat': self.flat}
+    return {
+      f'{part}/{name}': value
+      for part, state in parts.items()
+      for name, value in _diagnostics.diagnostics(state).items()
+    }
+
+
+def _schedule(name: str, rho: Any) -> Callable[[jax.Array], Any]:
+  if callable(rho):
+    return rho
+  if not 0 <= rho < float('inf'):
+    raise ValueError(f'{name} must be finite and not negative, got {rho}')
+  return lambda count: rho
+
+
+def _squares(leaf: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
+  leaf = leaf.astype(_inner.wide(leaf.dtype))
+  return jnp.sum(leaf * leaf, axis=axes)
+
+
+class _Norms(NamedTuple):
+  """Squared norms [T] of each task's gradient, by part."""
+
+  shared: jax.Array
+  heads: jax.Array
+
+
+def _squared_norms(
+  partition: _labels.Partition, leaves: Sequence[Any], axes: _aggregator.Axes
+) -> _Norms:
+  size = len(partition.task_names)
+  shared = jnp.zeros(size)
+  heads = [jnp.zeros(())] * size
+  for leaf, label, owner in zip(
+    leaves, partition.labels, partition.owners, strict=True
+  ):
+    if label == _labels.SHARED:
+      shared = shared + _squares(leaf, tuple(range(1, leaf.ndim)))
+    elif owner is not None:
+      heads[owner] = heads[owner] + _squares(leaf, None)
+  return _Norms(axes.sum_shards(shared), axes.sum_shards(jnp.stack(heads)))
+
+
+def flat_minima(
+  aggregator: optax.GradientTransformation,
+  task_names: Sequence[str],
+  rho: float | Callable[[jax.Array], Any] = 0.05,
+  *,
+  rho_heads: float | Callable[[jax.Array], Any] | None = None,
+  adaptive: bool = False,
+  norm: str = 'separate',
+  combine: str = 'separate',
+  combiner: optax.GradientTransformation | None = None,
+  head_scale: str = 'none',
+  eps: float = 1e-12,
+  param_labels: _labels.ParamLabels = _labels.default_labels,
+) -> _aggregator.Aggregator:
+  r"""Seeks parameters at which every task's loss is flat.
+
+  With the loss gradient :math:`g_i = \nabla L_i(\theta)` of task i, over shared
+  parameters and its head, the perturbation, the SAM gradient and the flat
+  gradient are
+
+  .. math::
+    e_i = \rho \, g_i / |g_i|, \qquad
+    s_i = \nabla L_i(\theta + e_i), \qquad
+    h_i = s_i - g_i
+
+  and with an aggregator A the update is
+
+  .. math::
+    \text{shared: } A(g_1, \dots, g_T) + A(h_1, \dots, h_T), \qquad
+    \text{head i: } s_i
+
+  A is called twice, with a state of its own each time, both started from the
+  same seed. Absent tasks are neither perturbed nor updated.
+
+  Args:
+    aggregator: A; any aggregator whose update is homogeneous of degree 1 in the
+      gradients. Give it `num_tasks` to see the weights of both parts, and
+      `axis_name` or `shard_axis` where the update runs under one: both hold
+      for the perturbation too.
+    task_names: the tasks, in the order of the task axis.
+    rho: radius of the perturbation, in the units of the parameters, or an optax
+      schedule of the number of updates.
+    rho_heads: radius for the heads; `rho` if None.
+    adaptive: perturb by :math:`\rho \, w^2 g_i / |\, |w|\, g_i |`, elementwise
+      in the parameters w, which is invariant to their scale (ASAM).
+    norm: `'separate'`: shared part and head are each divided by their own norm
+      (paper); `'joint'`: both by the norm over both (the authors' Multi-MNIST
+      code).
+    combine: `'separate'`: A(g) + A(h). `'direct'`: A(s), the paper's Table 5
+      ablation. `'second'`: `combiner` of A(g) and A(h). `'each'`: A of
+      `combiner` of g_i and h_i (Table 6).
+    combiner: an aggregator of two rows, without state, called without losses
+      and active; sums if None. For `'second'` and `'each'` alone.
+    head_scale: `'none'`, or `'weights'` to multiply s_i of the heads by the
+      weights of the loss part.
+    eps: added to the norm, so that a zero gradient is not perturbed.
+    param_labels: see `shared_only`; `'frozen'` leaves are neither perturbed nor
+      updated.
+
+  Returns:
+    An aggregator that is not to be wrapped in `shared_only`. Its `update` needs
+    `params` and the keyword `grad_fn`: a function from task parameters (laid
+    out like task gradients: shared leaves [T, *shape] whose row i is meant for
+    task i, all others [*shape]) to task gradients of the same layout, with the
+    same batch and the same randomness as the gradients passed in.
+
+  Raises:
+    ValueError: for a negative radius or eps, another `norm`, `combine` or
+      `head_scale`, a combiner with state or without use; at `update` without
+      `params` or `grad_fn`, and for leaves of another shape.
+
+  Examples:
+    Two tasks, each :math:`\frac12 |\theta - c_i|^2`. The perturbation moves
+    :math:`\theta` away from each centre, so that the flat gradient is the
+    perturbation itself:
+
+    >>> import jax.numpy as jnp, mtl_jax
+    >>> centres = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> grad_fn = lambda task_params: task_params - centres
+    >>> params = jnp.zeros(2)
+    >>> tx = mtl_jax.flat_minima(mtl_jax.linear(), ('a', 'b'), rho=0.1)
+    >>> updates, _ = tx.update(
+    ...   params - centres, tx.init(params), params, grad_fn=grad_fn)
+    >>> jnp.set_printoptions(precision=3)
+    >>> print(updates)
+    [-0.55 -1.05]
+
+  References:
+    Phan et al., `Improving Multi-task Learning via Seeking Task-based Flat
+    Regions <https://arxiv.org/abs/2211.13723>`_, 2022, Algorithm 1
+
+    Foret et al., `Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2010.01412>`_, 2020, eq. 2
+
+    Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
+  """
+  names = _labels.check_task_names(task_names)
+  size = len(names)
+  inner = _aggregator.as_aggregator(aggregator)
+  axes = inner.axes
+  _aggregator.one_of('norm', norm, ('separate', 'joint'))
+  _aggregator.one_of('combine', combine, _COMBINATIONS)
+  _aggregator.one_of('head_scale', head_scale, _shared_only.HEAD_SCALES)
+  if not eps > 0:
+    raise ValueError(f'eps must be positive, got {eps}')
+  if combiner is not None and combine not in ('second', 'each'):
+    raise ValueError(f'combiner has no use with combine={combine!r}')
+  radius = _schedule('rho', rho)
+  radius_heads = (
+    radius if rho_heads is None else _schedule('rho_heads', rho_heads)
+  )
+  two_states = combine in ('separate', 'second')
+
+  def perturbed(partition, grads, params, count):
+    """Task parameters: each task at its own worst point of the ball."""
+    scaled = grads
+    if adaptive:
+      scaled = [
+        g if label == _labels.FROZEN else jnp.abs(p) * g
+        for g, p, label in zip(grads, params, partition.labels, strict=True)
+      ]
+    squares = _squared_norms(partition, scaled, axes)
+    if norm == 'joint':
+      both = squares.shared + squares.heads
+      squares = _Norms(both, both)
+    # A zero gradient has no direction; eps leaves its task where it is.
+    of_shared = radius(count) / (jnp.sqrt(squares.shared) + eps)
+    of_heads = radius_heads(count) / (jnp.sqrt(squares.heads) + eps)
+    moved = []
+    for g, p, label, owner in zip(
+      grads, params, partition.labels, partition.owners, strict=True
+    ):
+      if label == _labels.FROZEN:
+        moved.append(p)
+        continue
+      scale = (
+        _inner.row(of_shared, g) if label == _labels.SHARED else of_heads[owner]
+      )
+      stretch = p * p if adaptive else 1
+      step = scale * stretch * g.astype(_inner.wide(g.dtype))
+      moved.append((p + step).astype(p.dtype))
+    return partition.tree(moved)
+
+  def flat_part(partition, loss_grads, sam_grads):
+    """Flat gradients; those that are only rounding count as zero."""
+    difference = [
+      s - g if label == _labels.SHARED else g
+      for s, g, label in zip(
+        sam_grads, loss_grads, partition.labels, strict=True
+      )
+    ]
+    resolution = max(
+      (
+        float(jnp.finfo(g.dtype).eps)
+        for g, label in zip(loss_grads, partition.labels, strict=True)
+        if label == _labels.SHARED
+      ),
+      default=0.0,
+    )
+    flat = _squared_norms(partition, difference, axes).shared
+    loss = _squared_norms(partition, loss_grads, axes).shared
+    seen = flat > resolution**2 * loss
+    # A non-finite gradient is not rounding: it has to reach the update.
+    seen = seen | ~jnp.isfinite(flat)
+    return [
+      jnp.where(_inner.row(seen, h), h, 0) if label == _labels.SHARED else h
+      for h, label in zip(difference, partition.labels, strict=True)
+    ]
+
+  def add(first, second):
+    """`combiner` of two trees; their sum by default."""
+    if combiner is None:
+      return jax.tree.map(jnp.add, first, second)
+    rows = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second)
+    updates, _ = combiner.update(rows, combiner.init(first), None)
+    return updates
+
+  def init(params):
+    partition = _labels.Partition(param_labels, params, names)
+    shared = partition.shared(partition.leaves(params))
+    if combiner is not None and jax.tree.leaves(combiner.init(shared)):
+      raise ValueError(
+        'combiner must have no state (no seed, no num_tasks): the state of one '
+        f'call has no meaning for the next; got {combiner.init(shared)}'
+      )
+    loss = inner.init(shared)
+    if head_scale == 'weights' and any(o is not None for o in partition.owners):
+      _shared_only.head_weights(loss)
+    return FlatMinimaState(
+      loss=loss,
+      flat=inner.init(shared) if two_states else optax.EmptyState(),
+      count=jnp.zeros((), jnp.int32),
+    )
+
+  def aggregate(
+    task_grads,
+    state,
+    params=None,
+    *,
+    grad_fn=None,
+    losses=None,
+    active=None,
+    **extra_args,
+  ):
+    if params is None:
+      raise ValueError('flat_minima needs params at update')
+    if grad_fn is None:
+      raise ValueError(
+        'flat_minima needs the keyword grad_fn at update: a function from task '
+        'parameters to task gradients'
+      )
+    partition = _labels.Partition(param_labels, params, names)
+    param_leaves = partition.leaves(params)
+    present = None
+    if active is not None:
+      present = _aggregator.full_active(active, size)
+
+    def read(grads):
+      leaves = partition.leaves(grads)
+      partition.check(leaves, param_leaves)
+      if present is None:
+        return leaves
+      return [
+        jnp.where(_inner.row(present, g), g, 0)
+        if label == _labels.SHARED
+        else (g if owner is None else jnp.where(present[owner], g, 0))
+        for g, label, owner in zip(
+          leaves, partition.labels, partition.owners, strict=True
+        )
+      ]
+
+    loss_grads = read(task_grads)
+    task_params = perturbed(partition, loss_grads, param_leaves, state.count)
+    sam_grads = read(axes.average(grad_fn(axes.replicate(task_params))))
+
+    shared_params = partition.shared(param_leaves)
+
+    def call(leaves, inner_state):
+      return inner.aggregate(
+        leaves,
+        inner_state,
+        shared_params,
+        losses=losses,
+        active=active,
+        **extra_args,
+      )
+
+    loss_state, flat_state = state.loss, state.flat
+    sam = partition.shared(sam_grads)
+    if combine == 'direct':
+      shared, loss_state = call(sam, loss_state)
+    else:
+      loss = partition.shared(loss_grads)
+      flat = partition.shared(flat_part(partition, loss_grads, sam_grads))
+      if combine == 'each':
+        shared, loss_state = call(jax.vmap(add)(loss, flat), loss_state)
+      else:
+        of_loss, loss_state = call(loss, loss_state)
+        of_flat, flat_state = call(flat, flat_state)
+        if combine == 'separate':
+          shared = jax.tree.map(jnp.add, of_loss, of_flat)
+        else:
+          shared = add(of_loss, of_flat)
+
+    weights = None
+    if head_scale == 'weights' and any(o is not None for o in partition.owners):
+      weights = _shared_only.head_weights(loss_state)
+    shared_leaves = iter(jax.tree.leaves(shared))
+    updates = []
+    for grad, label, owner in zip(
+      sam_grads, partition.labels, partition.owners, strict=True
+    ):
+      if label == _labels.SHARED:
+        updates.append(next(shared_leaves))
+      elif owner is None:
+        updates.append(jnp.zeros_like(grad))
+      else:
+        updates.append(_shared_only.scale_head(grad, owner, weights, present))
+    count = optax.safe_increment(state.count)
+    return partition.tree(updates), FlatMinimaState(
+      loss_state, flat_state, count
+    )
+
+  return _aggregator.Aggregator(
+    init, aggregate, axes=axes, head_scale=head_scale
+  )

@@ -1,0 +1,74 @@
+"""Inner products and weighted sums of stacks of task gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.transforms import _aggregator
+
+
+def wide(dtype: Any) -> Any:
+  """The dtype in which norms and inner products are computed."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def gram(
+  task_grads: Any, num_tasks: int, axes: _aggregator.Axes | None = None
+) -> jax.Array:
+  """Gram matrix of task gradients.
+
+  Args:
+    task_grads: tree of leaves [T, *shape]; zeros are the result of no leaf.
+    num_tasks: T.
+    axes: where parameters are sharded, if they are.
+
+  Returns:
+    [T, T] inner products, float32 at least.
+  """
+  total = jnp.zeros((num_tasks, num_tasks), jnp.float32)
+  for leaf in jax.tree.leaves(task_grads):
+    # All axes but the first are contracted as they are: a reshape to [T, -1]
+    # would gather a leaf that is sharded along an inner axis.
+    rest = tuple(range(1, leaf.ndim))
+    leaf = leaf.astype(wide(leaf.dtype))
+    total = total + jax.lax.dot_general(
+      leaf,
+      leaf,
+      ((rest, rest), ((), ())),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+  return total if axes is None else axes.sum_shards(total)
+
+
+def row(weights: jax.Array, leaf: jax.Array) -> jax.Array:
+  """`weights` [T] in a shape that multiplies the rows of `leaf` [T, ...]."""
+  return weights.reshape(weights.shape + (1,) * (leaf.ndim - 1))
+
+
+def weighted_sum(weights: jax.Array, task_grads: Any) -> Any:
+  """Sum of task gradients.
+
+  Args:
+    weights: [T].
+    task_grads: tree of leaves [T, *shape].
+
+  Returns:
+    Tree of leaves [*shape], summed in float32 at least, in the leaves' dtype.
+  """
+
+  def combine(leaf):
+    scaled = row(weights, leaf) * leaf.astype(wide(leaf.dtype))
+    return jnp.sum(scaled, axis=0).astype(leaf.dtype)
+
+  return jax.tree.map(combine, task_grads)
+
+
+def keep_active(active: jax.Array | None, task_grads: Any) -> Any:
+  """Zeros in the rows of absent tasks, whatever stood there."""
+  if active is None:
+    return task_grads
+  # A product with 0 would let NaN of an absent task through.
+  return jax.tree.map(
+    lambda leaf: jnp.where(row(active, leaf), leaf, 0), task_grads
+  )

@@ -1,0 +1,144 @@
+"""Which parameters are shared, which belong to a task and which are frozen."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SHARED = 'shared'
+FROZEN = 'frozen'
+
+# A tree of strings, or a function from a tree of parameters to one.
+ParamLabels = Any | Callable[[Any], Any]
+
+
+def default_labels(params: Any) -> Any:
+  """Labels of `{'shared': tree, 'heads': {task: tree}}`.
+
+  Args:
+    params: a tree of parameters (or of their gradients).
+
+  Returns:
+    A tree of strings of the same structure: a task's name for the leaves below
+    `params['heads'][task]`, `'shared'` for all others. A tree without `'heads'`
+    and `'shared'` is shared as a whole.
+
+  Examples:
+    >>> import mtl_jax
+    >>> mtl_jax.default_labels({'shared': 1.0, 'heads': {'depth': {'w': 2.0}}})
+    {'heads': {'depth': {'w': 'depth'}}, 'shared': 'shared'}
+  """
+  split = isinstance(params, Mapping) and {'shared', 'heads'} <= set(params)
+
+  def label(path, _):
+    part = path[0].key if split else SHARED
+    return path[1].key if part == 'heads' else SHARED
+
+  return jax.tree_util.tree_map_with_path(label, params)
+
+
+def check_task_names(task_names: Sequence[str]) -> tuple[str, ...]:
+  """The task names as a tuple; raises unless they are distinct strings."""
+  if isinstance(task_names, str):
+    raise TypeError(
+      f'task_names must be a sequence of names, got the string {task_names!r}'
+    )
+  names = tuple(task_names)
+  reserved = {SHARED, FROZEN} & set(names)
+  if not names or len(set(names)) != len(names) or reserved:
+    raise ValueError(
+      'task_names must be distinct, one at least and none of '
+      f'{(SHARED, FROZEN)}, got {names}'
+    )
+  return names
+
+
+class Partition:
+  """The leaves of one tree by the part they belong to.
+
+  Made once a call from the structure of the parameters. Trees handled by it are
+  parameters, task gradients or task parameters: all of one structure, told
+  apart by the shapes of their leaves alone.
+
+  Attributes:
+    task_names: the tasks, in the order of every task axis.
+    labels: list with the label of each leaf.
+    paths: list with the printed path of each leaf.
+    owners: list with the index of each leaf's task, None if it has none.
+  """
+
+  def __init__(
+    self, param_labels: ParamLabels, tree: Any, task_names: tuple[str, ...]
+  ):
+    self.task_names = task_names
+    labels = param_labels(tree) if callable(param_labels) else param_labels
+    self._structure: Any = jax.tree.structure(tree)
+    self.labels = jax.tree.leaves(jax.tree.broadcast(labels, tree))
+    self.paths = [
+      jax.tree_util.keystr(path)
+      for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    known = {SHARED, FROZEN, *task_names}
+    for path, label in zip(self.paths, self.labels, strict=True):
+      if label not in known:
+        raise ValueError(
+          f'param_labels gives {label!r} at {path or "the root"}; expected '
+          f'{SHARED!r}, {FROZEN!r} or a task of {task_names}'
+        )
+    self.owners = [
+      task_names.index(label) if label in task_names else None
+      for label in self.labels
+    ]
+
+  def leaves(self, tree: Any) -> list[Any]:
+    """The leaves of a tree of this structure, in the order of `labels`."""
+    if jax.tree.structure(tree) != self._structure:
+      raise ValueError(
+        f'expected a tree of structure {self._structure}, got '
+        f'{jax.tree.structure(tree)}'
+      )
+    return jax.tree.leaves(tree)
+
+  def tree(self, leaves: Sequence[Any]) -> Any:
+    """The tree with these leaves."""
+    return jax.tree.unflatten(self._structure, leaves)
+
+  def shared(self, leaves: Sequence[Any]) -> Any:
+    """The tree with `optax.MaskedNode` wherever a leaf is not shared."""
+    return self.tree(
+      [
+        leaf if label == SHARED else optax.MaskedNode()
+        for leaf, label in zip(leaves, self.labels, strict=True)
+      ]
+    )
+
+  def check(self, task_grads: Sequence[Any], params: Sequence[Any]) -> None:
+    """Raises unless shared leaves have a task axis and all others none.
+
+    Args:
+      task_grads: leaves of task gradients.
+      params: leaves of parameters.
+
+    Raises:
+      ValueError: naming the leaf and both shapes.
+    """
+    size = len(self.task_names)
+    for grad, param, label, path in zip(
+      task_grads, params, self.labels, self.paths, strict=True
+    ):
+      shape = jnp.shape(param)
+      expected = (size, *shape) if label == SHARED else shape
+      if jnp.shape(grad) != expected:
+        what = (
+          f'[{size} tasks, *parameter shape]'
+          if label == SHARED
+          else f'the parameter of {label!r} without a task axis'
+        )
+        raise ValueError(
+          f'the task gradient at {path or "the root"} has shape '
+          f'{jnp.shape(grad)}, expected {expected}: {what}'
+        )

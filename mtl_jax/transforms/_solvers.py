@@ -1,0 +1,272 @@
+"""Small convex problems over the simplex, solved on the device.
+
+Every solver is a fixed number of iterations of `jax.lax` code, so that it lives
+inside `jit`, `vmap` and `grad` without a callback to the host. They work on the
+*cosines* of the task gradients, not on their raw inner products: lengths that
+differ by orders of magnitude then cost no accuracy.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.transforms import _from_gram
+
+_ITERATIONS = 30
+# Relative ridge of the Newton matrix only. It keeps the factorisation alive for
+# linearly dependent gradients and leaves the point of convergence alone.
+_RIDGE = 1e-6
+# Steps stop this far before the boundary of the positive orthant.
+_TO_BOUNDARY = 0.95
+_CENTRING = 0.15
+
+
+def cosines(gram: jax.Array, active: jax.Array):
+  """Splits a Gram matrix into lengths and cosines.
+
+  Args:
+    gram: [T, T].
+    active: bool [T].
+
+  Returns:
+    lengths [T], 1 where a task is absent or its gradient zero; cosines [T, T]
+    with a diagonal of 1, 0 elsewhere in such rows; and which tasks are usable,
+    bool [T].
+  """
+  squares = jnp.diagonal(gram)
+  usable = active & (squares > 0)
+  lengths = jnp.sqrt(jnp.where(usable, squares, 1))
+  both = usable[:, None] & usable[None, :]
+  cos = jnp.where(both, gram / lengths[:, None] / lengths[None, :], 0)
+  cos = jnp.where(jnp.eye(gram.shape[0], dtype=bool), 1, jnp.clip(cos, -1, 1))
+  return lengths, cos, usable
+
+
+def _relative(lengths: jax.Array, usable: jax.Array) -> jax.Array:
+  """Shortest usable length over each length; 0 for a task that is out."""
+  shortest = jnp.min(jnp.where(usable, lengths, jnp.inf))
+  shortest = jnp.where(jnp.any(usable), shortest, 1)
+  return jnp.where(usable, shortest / lengths, 0)
+
+
+def _interior_point(
+  derivatives: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+  a: jax.Array,
+) -> jax.Array:
+  r"""Minimises a convex function over {v >= 0, a . v = 1}.
+
+  A primal-dual path-following method (Nocedal and Wright, Numerical
+  Optimization, 2nd ed. 2006, chapters 16.6 and 19.2): Newton steps on the
+  optimality conditions, whose products v_i y_i are driven to zero.
+
+  Args:
+    derivatives: `v [T] -> gradient [T], Hessian [T, T]`.
+    a: [T], non-negative with at least one positive entry. A variable whose
+      entry is zero should have a positive definite Hessian of its own.
+
+  Returns:
+    v [T], positive.
+  """
+  size = a.shape[0]
+  count = jnp.maximum(jnp.sum(a > 0), 1)
+  v = jnp.where(a > 0, 1 / jnp.where(a > 0, a, 1), 1) / count
+  gradient, _ = derivatives(v)
+  y = jnp.full_like(v, jnp.max(jnp.abs(gradient)) + 1e-3)
+
+  def step(carry, _):
+    v, y, nu = carry
+    gradient, hessian = derivatives(v)
+    tau = _CENTRING * (v @ y) / size
+    matrix = hessian + jnp.diag(y / v)
+    scale = jax.lax.rsqrt(jnp.diagonal(matrix))
+    matrix = matrix * scale[:, None] * scale[None, :]
+    matrix = matrix + _RIDGE * jnp.eye(size, dtype=a.dtype)
+    right = jnp.stack([nu * a + tau / v - gradient, a], axis=1)
+    factor = jax.scipy.linalg.cho_factor(matrix, lower=True)
+    solved = jax.scipy.linalg.cho_solve(factor, right * scale[:, None])
+    solved = solved * scale[:, None]
+    free, along = solved[:, 0], solved[:, 1]
+    dnu = (1 - a @ v - a @ free) / (a @ along)
+    dv = free + dnu * along
+    dy = tau / v - y - y / v * dv
+
+    def longest(x, dx):
+      ratio = jnp.where(dx < 0, -x / jnp.where(dx < 0, dx, -1), jnp.inf)
+      return jnp.minimum(1, _TO_BOUNDARY * jnp.min(ratio))
+
+    length = jnp.minimum(longest(v, dv), longest(y, dy))
+    moved = (v + length * dv, y + length * dy, nu + length * dnu)
+    # Past convergence the factorisation may break down; the last good point
+    # is the answer then.
+    good = jnp.all(jnp.isfinite(dv)) & jnp.all(jnp.isfinite(dy))
+    carry = jax.tree.map(
+      lambda new, old: jnp.where(good, new, old), moved, (v, y, nu)
+    )
+    return carry, None
+
+  start = (v, y, jnp.zeros((), a.dtype))
+  (v, _, _), _ = jax.lax.scan(step, start, None, length=_ITERATIONS)
+  return v
+
+
+def _to_simplex(v: jax.Array, a: jax.Array) -> jax.Array:
+  weights = v * a
+  total = jnp.sum(weights)
+  return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0)
+
+
+def min_norm(gram: jax.Array, active: jax.Array) -> _from_gram.Solution:
+  r"""Least-norm point of the convex hull of task gradients.
+
+  .. math::
+    \min_{w \in \Delta} \; w^\top G w
+
+  Args:
+    gram: [T, T], inner products of the task gradients.
+    active: bool [T]; absent tasks get weight 0.
+
+  Returns:
+    weights on the simplex [T], and the residual: how far a task's inner
+    product with the point falls short of the point's squared norm, relative to
+    the task's length times the weighted sum of all lengths. In closed form for
+    two tasks.
+  """
+  lengths, cos, usable = cosines(gram, active)
+  size = gram.shape[0]
+  zero = active & ~usable
+  a = _relative(lengths, usable)
+  if size == 1:
+    weights = usable.astype(gram.dtype)
+  elif size == 2:
+    weights = jnp.where(
+      jnp.all(usable), _two_tasks(gram, None, None), usable.astype(gram.dtype)
+    )
+  else:
+    v = _interior_point(lambda v: (cos @ v, cos), jnp.where(usable, a, 0))
+    weights = _to_simplex(v, a)
+  # A task whose gradient is zero is a minimum by itself.
+  some_zero = jnp.any(zero)
+  weights = jnp.where(
+    some_zero, zero / jnp.maximum(jnp.sum(zero), 1), weights
+  ).astype(gram.dtype)
+
+  v = weights * lengths
+  total = jnp.maximum(jnp.sum(v), jnp.finfo(v.dtype).tiny)
+  unit = v / total
+  inner = cos @ unit
+  norm = unit @ inner
+  # |g_w|^2 - g_i.g_w, divided by |g_i| sum_j w_j |g_j|.
+  shortfall = jnp.where(usable, norm * total / lengths - inner, 0)
+  residual = jnp.where(some_zero, 0, jnp.maximum(jnp.max(shortfall), 0))
+  return _from_gram.Solution(weights, residual)
+
+
+def _two_tasks(gram, linear, radius) -> jax.Array:
+  r"""Minimises linear . w + radius |g_w| (or |g_w| alone) for two tasks.
+
+  With x the weight of the longer gradient, |g_w|^2 = A (x - m)^2 + h. Without a
+  linear part x = m. With it, s = (linear_1 - linear_2) / (radius sqrt A)
+  is minus the cosine at the optimum: x = m - s sqrt(h / (A (1 - s^2))).
+  """
+  # The longer gradient gets the small weight; solving for that one and not for
+  # its complement keeps its digits.
+  order = jnp.argsort(-jnp.diagonal(gram))
+  sorted_gram = gram[order][:, order]
+  longer, between, shorter = (
+    sorted_gram[0, 0],
+    sorted_gram[0, 1],
+    sorted_gram[1, 1],
+  )
+  width = longer + shorter - 2 * between
+  safe = jnp.where(width > 0, width, 1)
+  x = jnp.where(width > 0, (shorter - between) / safe, 0.5)
+  if linear is not None:
+    slope = linear[order][0] - linear[order][1]
+    # The squared distance of the line through both gradients from zero; the
+    # quotient first, for a squared inner product can leave float32.
+    nearest = (shorter - between) * ((shorter - between) / safe)
+    height = jnp.maximum(shorter - nearest, 0)
+    reach = radius * jnp.sqrt(safe)
+    # Where the slope outweighs the norm the optimum is a corner.
+    inside = (reach > jnp.abs(slope)) & (width > 0)
+    s = jnp.where(inside, slope / jnp.where(inside, reach, 1), 0)
+    curved = x - s * jnp.sqrt(height / (safe * (1 - s * s)))
+    corner = jnp.where(slope > 0, 0.0, jnp.where(slope < 0, 1.0, x))
+    x = jnp.where(inside, curved, corner)
+  x = jnp.clip(x, 0, 1)
+  return jnp.zeros_like(gram[0]).at[order].set(jnp.stack([x, 1 - x]))
+
+
+def conflict_averse(
+  gram: jax.Array, active: jax.Array, c: float
+) -> _from_gram.Solution:
+  r"""The dual of the conflict-averse direction.
+
+  .. math::
+    \min_{w \in \Delta} \; \langle g_w, g_0 \rangle + c \, |g_0| \, |g_w|
+
+  with :math:`g_0` the mean of the active task gradients.
+
+  Args:
+    gram: [T, T].
+    active: bool [T].
+    c: radius of the ball around the mean gradient, relative to its length.
+
+  Returns:
+    weights on the simplex [T] and the residual: how far a task's derivative
+    lies below the weighted mean of all derivatives, relative to |g_0| times the
+    task's length times (1 + c). In closed form for two tasks.
+  """
+  lengths, cos, usable = cosines(gram, active)
+  size = gram.shape[0]
+  count = jnp.maximum(jnp.sum(active), 1)
+  a = _relative(lengths, usable)
+  # g_0 in units of the longest gradient, and the cosine of each task with it.
+  longest = jnp.max(jnp.where(usable, lengths, 0))
+  longest = jnp.where(longest > 0, longest, 1)
+  share = jnp.where(usable, lengths / longest, 0)
+  mean_norm = jnp.sqrt(jnp.maximum(share @ cos @ share, 0))
+  with_mean = cos @ share / jnp.where(mean_norm > 0, mean_norm, 1)
+
+  # Below this |v' C v| is rounding, and the norm's derivative noise.
+  floor = 1e-10
+
+  if size == 1:
+    weights = usable.astype(gram.dtype)
+  elif size == 2:
+    linear = with_mean * lengths
+    weights = jnp.where(
+      jnp.all(usable), _two_tasks(gram, linear, c), usable.astype(gram.dtype)
+    )
+  else:
+    # A variable that is out has only its own quadratic.
+    out = jnp.diag(jnp.where(usable, 0.0, 1.0)).astype(gram.dtype)
+    inner_cos = jnp.where(usable[:, None] & usable[None, :], cos, 0)
+    tilt = jnp.where(usable, with_mean, 0)
+
+    def derivatives(v):
+      cv = inner_cos @ v
+      norm = jnp.sqrt(jnp.maximum(v @ cv, 0) + floor)
+      gradient = tilt + c * cv / norm + out @ v
+      along = cv / norm
+      hessian = c * (inner_cos - jnp.outer(along, along)) / norm + out
+      return gradient, hessian
+
+    v = _interior_point(derivatives, jnp.where(usable, a, 0))
+    weights = _to_simplex(v, a)
+  # A zero gradient has the derivative zero: it holds the weight if no other
+  # direction has a negative one, which the caller's c < 1 cannot tell; its
+  # weight does not change the direction.
+  v = weights * lengths
+  total = jnp.maximum(jnp.sum(v), jnp.finfo(v.dtype).tiny)
+  unit = v / total
+  inner = cos @ unit
+  square = jnp.maximum(unit @ inner, 0)
+  norm = jnp.sqrt(jnp.where(square > floor, square, 1))
+  slopes = with_mean + c * jnp.where(square > floor, inner / norm, 0)
+  level = unit @ slopes
+  shortfall = jnp.where(usable, level * total / lengths - slopes, 0)
+  residual = jnp.maximum(jnp.max(shortfall), 0) / (1 + c)
+  residual = jnp.where(count > 1, residual, 0)
+  return _from_gram.Solution(weights.astype(gram.dtype), residual)
