@@ -97,7 +97,7 @@ def make_config(
       'schedule': 'constant',
       # Largest global norm of the aggregated gradient; None does not clip.
       'clip': _optional(float, None),
-      # Decoupled from the loss and the learning rate's only factor.
+      # Decoupled: no part of the loss, so no part of the perturbation.
       'weight_decay': 0.0,
     },
     'batch_size': 256,

@@ -7,6 +7,7 @@ array_record files.
 from collections.abc import Iterator
 import dataclasses
 import os
+import urllib.request
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -160,23 +161,26 @@ class MultiMnist(tfds.core.GeneratorBasedBuilder):
     """Paths of the source files of a dataset, `{file: path}`."""
     if self._source_dir is not None:
       return idx.find_source(self._source_dir, name)
+    urls = {file: f'{idx.URLS[name]}{file}.gz' for file in idx.FILES}
     try:
-      paths = dl_manager.download(
-        {file: f'{idx.URLS[name]}{file}.gz' for file in idx.FILES}
-      )
+      # Without a network tensorflow-datasets tries again for minutes; one
+      # question first tells that at once.
+      question = urllib.request.Request(urls[idx.TEST_LABELS], method='HEAD')
+      urllib.request.urlopen(question, timeout=30).close()
+      paths = dl_manager.download(urls)
     except (OSError, tfds.download.DownloadError) as error:
+      files = ', '.join(f'{file}.gz' for file in idx.FILES)
       raise ConnectionError(
         f'{name} cannot be downloaded from {idx.URLS[name]}: {error}. Where '
-        f'there is no network, put {", ".join(idx.FILES)} (.gz) into '
-        f'{name}/ in a folder and name that by --source_dir or '
-        f'{idx.SOURCE_DIR_VARIABLE}'
+        f'there is no network, put {files} into a folder {name}/ and name the '
+        f'folder that holds it by --source_dir or {idx.SOURCE_DIR_VARIABLE}'
       ) from error
     for file, path in paths.items():
       found, expected = idx.fingerprint(path), idx.SHA256[name][file]
       if found != expected:
         raise ValueError(
-          f'{idx.URLS[name]}{file}.gz is not the original file: the SHA-256 of '
-          f'its content is {found}, expected {expected}; delete {path} to '
+          f'{urls[file]} is not the original file: the SHA-256 of its '
+          f'content is {found}, expected {expected}; delete {path} to '
           'download it again'
         )
     return paths

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import os
+import sys
 import time
 
 from mtl_jax.data import idx
@@ -90,8 +91,11 @@ def main(argv: list[str] | None = None) -> None:
   names = multi_mnist.NAMES if args.dataset == 'all' else (args.dataset,)
   for name in names:
     start = time.monotonic()
+    print(f'preparing {name} ...', flush=True)
     try:
-      folder = prepare(name, args.data_dir, args.source_dir, progress=True)
+      folder = prepare(
+        name, args.data_dir, args.source_dir, progress=sys.stderr.isatty()
+      )
     except (OSError, ValueError) as error:
       parser.exit(1, f'{name}: {error}\n')
     print(f'{name} is ready in {folder} ({time.monotonic() - start:.0f} s)')

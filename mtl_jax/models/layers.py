@@ -236,35 +236,34 @@ def _conv_by_patches(x, kernel, strides, padding, precision):
 
 
 def _conv_by_bands(x, kernel, strides, padding, precision):
-  """One product of stacks of rows with a banded matrix over the width.
+  """A convolution over the height alone, with banded matrices over the width.
 
-  Row `h` of the output is the stack of the input's rows that the kernel covers,
-  [kernel height x W x C], times a matrix [kernel height x W x C, W' x features]
-  that holds the kernel once for every output column. It multiplies by zeros
-  too, but copies far less than patches do when the channels are few.
+  A row of the image is one vector of W x C channels. At every height in the
+  kernel a matrix [W x C, W' x features] holds that row of the kernel once for
+  each output column. It multiplies by zeros too, but has wide channels, which
+  the native convolution is fast for.
   """
+  del strides  # ones
   height, kernel_width, channels, features = kernel.shape
-  out_height, out_width = _out_size(x.shape, kernel.shape, strides, padding)
-  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  batch, _, width, _ = x.shape
-  band = jnp.stack(
+  out_size = _out_size(x.shape, kernel.shape, (1, 1), padding)
+  x = jnp.pad(x, ((0, 0), (0, 0), padding[1], (0, 0)))
+  batch, rows, width, _ = x.shape
+  bands = jnp.stack(
     [
-      jnp.pad(
-        kernel, ((0, 0), (j, width - kernel_width - j), (0, 0), (0, 0))
-      )
-      for j in range(out_width)
+      jnp.pad(kernel, ((0, 0), (j, width - kernel_width - j), (0, 0), (0, 0)))
+      for j in range(out_size[1])
     ],
     axis=3,
-  ).reshape(height * width * channels, out_width * features)
-  rows = jnp.concatenate(
-    [
-      x[:, i : i + out_height].reshape(batch, out_height, width * channels)
-      for i in range(height)
-    ],
-    axis=-1,
   )
-  out = jnp.matmul(rows, band, precision=precision)
-  return out.reshape(batch, out_height, out_width, features)
+  out = lax.conv_general_dilated(
+    x.reshape(batch, rows, width * channels),
+    bands.reshape(height, width * channels, out_size[1] * features),
+    (1,),
+    padding[:1],
+    dimension_numbers=('NWC', 'WIO', 'NWC'),
+    precision=precision,
+  )
+  return out.reshape(batch, *out_size, features)
 
 
 def _max_pool_by_slices(x, window, stride, padding):

@@ -1,15 +1,16 @@
 """Published numbers to show beside our own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 import json
 import math
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 from mtl_jax.metrics.delta_m import delta_m
 from mtl_jax.report.summary import Summary
-from mtl_jax.report.units import unit_of
 
 
 class Value(NamedTuple):
@@ -99,11 +100,6 @@ def published_delta_m(
   return delta_m(
     scores, baselines, {key: summary.higher_is_better[key] for key in keys}
   )
-
-
-def in_metric_unit(value: Value, metric: str) -> float:
-  """The number in the unit of the logs."""
-  return value.mean / unit_of(metric).scale
 
 
 def _find(tree: Mapping[str, Any], problem: str) -> Mapping[str, Any] | None:

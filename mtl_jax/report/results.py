@@ -1,13 +1,17 @@
 """The result file of a problem: the numbers with all that made them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import datetime
 import json
 import math
 from typing import Any
 
 from mtl_jax.report.runs import Run
-from mtl_jax.report.summary import Estimate, Row, Summary
+from mtl_jax.report.summary import Estimate
+from mtl_jax.report.summary import Row
+from mtl_jax.report.summary import Summary
 from mtl_jax.report.variants import differing_keys
 
 

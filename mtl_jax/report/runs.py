@@ -1,17 +1,29 @@
 """What a run left behind: finding run directories and reading them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from typing import Any
 
 _RUN_FILES = ('run.json', 'metrics.jsonl')
 
-# Keys of a config that tell runs of one comparison apart by intention, or say
-# where files lie, which cannot change a number.
-_NOT_COMPARED = ('method', 'seed', 'workdir', 'data_dir', 'source_dir')
+# Entries of a config that tell runs of one comparison apart by intention, and
+# those that cannot change a score: places of files, logs and checkpoints.
+_NOT_COMPARED = (
+  'method',
+  'seed',
+  'workdir',
+  'data_dir',
+  'source_dir',
+  'log_every_steps',
+  'checkpoint_every_steps',
+  'keep_checkpoints',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +40,7 @@ class Run:
       its others.
     config: the config with nested keys joined by dots.
     info: `run.json` as it is.
-    lines: the lines of `metrics.jsonl`, in their order.
+    lines: the lines of `metrics.jsonl`, in their order, NaN for a null.
     warnings: what a reader of the numbers should know about this run.
   """
 
@@ -53,7 +65,7 @@ class Run:
 
   @property
   def settings(self) -> dict[str, Any]:
-    """The config without the method, the seed and the places of files."""
+    """The config without the seed and what cannot change a score."""
     return {
       key: value
       for key, value in self.config.items()
@@ -80,7 +92,7 @@ class Run:
 
   def series(self, key: str) -> tuple[list[int], list[float], list[float]]:
     """The steps, epochs and values of the lines that hold `key`."""
-    lines = [line for line in self.lines if line.get(key) is not None]
+    lines = [line for line in self.lines if key in line]
     return (
       [line['step'] for line in lines],
       [float(line['epoch']) for line in lines],
@@ -218,7 +230,8 @@ def _read_lines(
           f'{path}, line {number} cannot be read: {error}'
         ) from None
       return lines, (f'Ignored the broken last line {number} of {path}.',)
-    lines.append(line)
+    # A number that is not finite is logged as null.
+    lines.append({k: math.nan if v is None else v for k, v in line.items()})
   return lines, ()
 
 

@@ -1,10 +1,14 @@
 """What runs of one problem say together: rows of means with their spread."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import math
 import statistics
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 from mtl_jax.metrics.delta_m import delta_m
 from mtl_jax.report import variants
@@ -217,7 +221,7 @@ def _selector(first: Run, selection: str) -> _Select:
     return {
       key: line[f'test/{key}']
       for key in run.higher_is_better
-      if line.get(f'test/{key}') is not None
+      if f'test/{key}' in line
     }
 
   return select
@@ -246,7 +250,7 @@ def _baselines(
     key: estimate([score[key] for score in scores]).mean
     for key in keys or first.first_metrics
   }
-  return means, f'the {len(scores)} finished run(s) of {label}'
+  return means, f'mean of {label} over its seeds'
 
 
 def _row(
@@ -294,12 +298,13 @@ def _row(
 def _rate(run: Run) -> float | None:
   """Steps a second: the median of the log, which leaves compilation out."""
   _, _, rates = run.series('train/steps_per_second')
+  rates = [rate for rate in rates if math.isfinite(rate)]
   if rates:
     return statistics.median(rates)
   steps, seconds = run.info.get('steps'), run.info.get('wall_time_s')
   return steps / seconds if steps and seconds else None
 
 
-def _median(values) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
   known = [value for value in values if value is not None]
   return statistics.median(known) if known else None

@@ -1,19 +1,28 @@
 """The table of a summary, as aligned Markdown and as CSV."""
 
+from collections.abc import Iterable
+from collections.abc import Sequence
 import csv
 import io
-from collections.abc import Iterable, Sequence
 import math
 
-from mtl_jax.report.published import Published, Value, published_delta_m
-from mtl_jax.report.summary import BEST_TEST, Estimate, Row, Summary
-from mtl_jax.report.units import decimals_for, titled, unit_of
+from mtl_jax.report.published import Published
+from mtl_jax.report.published import published_delta_m
+from mtl_jax.report.published import Value
+from mtl_jax.report.summary import BEST_TEST
+from mtl_jax.report.summary import Estimate
+from mtl_jax.report.summary import Row
+from mtl_jax.report.summary import Summary
+from mtl_jax.report.units import decimals_for
+from mtl_jax.report.units import titled
+from mtl_jax.report.units import unit_of
 
 # With more tasks than this they go into a table of their own, one a row.
 _MOST_TASK_COLUMNS = 8
 
 _BEST_TEST_TITLE = (
-  "best test epoch (as the authors' script selects; not a protocol we recommend)"
+  "best test epoch (as the authors' script selects; "
+  'not a protocol we recommend)'
 )
 
 
@@ -112,7 +121,7 @@ def _columns(
   ]
   if tasks:
     columns += _task_columns(summary, published)[1:]
-  if summary.shared_metric:
+  if summary.shared_metric and len(summary.tasks) > 1:
     columns.append(
       _score_column(
         titled('average', summary.shared_metric),
@@ -209,12 +218,10 @@ def _show(
 
 
 def _plain(values: Iterable[float | None], divisor: float = 1.0) -> list[str]:
-  return [
-    '-'
-    if value is None
-    else f'{value / divisor:.{1 if value / divisor < 100 else 0}f}'
-    for value in values
-  ]
+  numbers = [None if value is None else value / divisor for value in values]
+  smallest = min((n for n in numbers if n is not None), default=0.0)
+  decimals = 1 if smallest < 100 else 0
+  return ['-' if n is None else f'{n:.{decimals}f}' for n in numbers]
 
 
 def _time_unit(times: Sequence[float | None]) -> tuple[str, float]:
@@ -243,7 +250,9 @@ def _aligned(columns: Sequence[_Column]) -> str:
     first = line[0].ljust(widths[0])
     rest = [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
     text.append(f'| {" | ".join([first, *rest])} |')
-  rule = [':' + '-' * (widths[0] - 1)] + ['-' * (w - 1) + ':' for w in widths[1:]]
+  rule = [':' + '-' * (widths[0] - 1)] + [
+    '-' * (w - 1) + ':' for w in widths[1:]
+  ]
   text.insert(1, f'| {" | ".join(rule)} |')
   return '\n'.join(text)
 

@@ -9,6 +9,9 @@ from mtl_jax.report.runs import Run
 # What every other method is compared with comes first.
 _CONTROLS = ('stl', 'linear')
 
+# The part of a config that says which method it is.
+_METHOD_SETTINGS = ('method.', 'model.sharing')
+
 
 def family(label: str) -> str:
   """The label of the plain method: `'f_cagrad'` and `'cagrad'` are one."""
@@ -82,15 +85,17 @@ def _values(runs: Sequence[Run], key: str) -> set[str | None]:
 def _between_methods(runs: Sequence[Run]) -> list[str]:
   """A warning where a setting that all methods have is not the same in all.
 
-  A setting that only some methods have is an option of theirs, and one that
-  differs within a method has been told already.
+  What makes the method is not a difference, nor is a setting that only some
+  methods have; one that differs within a method has been told already.
   """
   methods = sorted({run.method for run in runs}, key=sort_key)
   groups = [[run for run in runs if run.method == name] for name in methods]
   told = []
   for key in differing_keys(runs):
     values = [_values(group, key) for group in groups]
-    if any(len(value) > 1 or None in value for value in values):
+    if key.startswith(_METHOD_SETTINGS) or any(
+      len(value) > 1 or None in value for value in values
+    ):
       continue
     by_value: dict[str, list[str]] = {}
     for method, value in zip(methods, values, strict=True):

@@ -55,7 +55,7 @@ def imtl_g(
 
   References:
     Liu et al., `Towards Impartial Multi-task Learning
-    <https://openreview.net/forum?id=IMPnRXEWpvr>`_, 2021, eq. 6
+    <https://openreview.net/forum?id=IMPnRXEWpvr>`_, 2021, section 3
 
     Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
     <https://arxiv.org/abs/2406.16232>`_, 2024 (a pseudo-inverse, of the Gram

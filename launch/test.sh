@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Makes the environment and runs all tests; arguments go to pytest:
+#   bash launch/test.sh tests/transforms -k cagrad
+# PYTHON chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/env.sh
+make_env train,dev
+
+# Two workers at most: every worker runs eight virtual devices.
+workers=$("$VENV_PYTHON" -c 'import os; print(min(2, os.cpu_count() or 1))')
+exec "$VENV_PYTHON" -m pytest -n "$workers" --dist=loadscope "$@"

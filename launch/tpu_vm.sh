@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Trains on every worker of a TPU VM slice. Run it where gcloud is logged in:
+#
+#   TPU=my-slice ZONE=europe-west4-b bash launch/tpu_vm.sh \
+#     --config=configs/multi_mnist.py:method=f_cagrad --workdir=gs://BUCKET/run
+#
+# The repository must lie in ~/mtl_jax on every worker; the arguments go to
+# mtl_jax.main. A slice is one jax job: the command has to start on all workers
+# (--worker=all), or the ones that did start wait for the others until the
+# initialisation times out.
+set -euo pipefail
+: "${TPU:?set TPU to the name of the TPU VM}" "${ZONE:?set ZONE to its zone}"
+
+command="cd ~/mtl_jax && . launch/env.sh && make_env train,tpu && \
+  \"\$VENV_PYTHON\" -m mtl_jax.main --distributed=auto $(printf '%q ' "$@")"
+exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all \
+  --command="bash -c $(printf '%q' "$command")"

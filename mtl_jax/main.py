@@ -1,0 +1,152 @@
+"""Trains one run, from the command line.
+
+python -m mtl_jax.main --config=configs/multi_mnist.py:method=f_cagrad \
+  --workdir=DIR [--config.optimizer.learning_rate=3e-4 ...]
+
+Ends with 0 when the run is finished, with 75 ("try again") when a signal
+stopped it and all is saved, and with another number after an error.
+"""
+
+from collections.abc import Sequence
+import difflib
+import importlib.util
+import logging
+import pathlib
+import re
+import sys
+
+from absl import app
+from absl import flags
+import jax
+import ml_collections
+from ml_collections import config_flags
+
+from mtl_jax.train import distributed
+from mtl_jax.train import loop
+from mtl_jax.train import stopping
+
+EXIT_INTERRUPTED = 75
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'FILE.py[:ARGUMENTS], the config of the run.'
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, "The run's own folder.")
+_OVERWRITE_CONFIG = flags.DEFINE_bool(
+  'overwrite_config', False, 'Go on in a workdir that is of another config.'
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'This is one of several processes, as the environment (a Cloud TPU pod, '
+  'Slurm, Open MPI) tells JAX. The next three flags imply it.',
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator_address', None, 'host:port of process 0.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'Number of processes.'
+)
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which process this is.')
+_TIMEOUT = flags.DEFINE_integer(
+  'initialization_timeout', 300, 'Seconds to wait for the other processes.'
+)
+
+
+def load_config(argument: str) -> ml_collections.ConfigDict:
+  """The config of `--config=argument`.
+
+  Args:
+    argument: path of a Python file with `get_config`, and what that function is
+      called with after a colon.
+
+  Returns:
+    The config, locked.
+
+  Raises:
+    ValueError: if there is no such file, or the file finds fault with its
+      arguments.
+  """
+  path, _, arguments = argument.partition(':')
+  if not pathlib.Path(path).is_file():
+    raise ValueError(f'config must be a Python file, got {path!r}')
+  # Configs import what they share from the folder above them.
+  root = str(pathlib.Path(path).resolve().parent.parent)
+  if root not in sys.path:
+    sys.path.append(root)
+  spec = importlib.util.spec_from_file_location('config', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arguments).lock()
+
+
+def check_overrides(
+  config: ml_collections.ConfigDict, argv: Sequence[str]
+) -> None:
+  """Raises a ValueError telling the nearest keys if one is unknown.
+
+  Args:
+    config: the config.
+    argv: command line; of interest are arguments like `--config.seed=1`.
+  """
+  for argument in argv:
+    match = re.match(r'--?(?:no)?config\.([^=]+)', argument)
+    if not match:
+      continue
+    node, path = config, ''
+    for part in match[1].split('.'):
+      keys = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+      if part not in keys:
+        where = f'config{path}'
+        near = difflib.get_close_matches(part, keys, cutoff=0.5)
+        hint = f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
+        raise ValueError(
+          f'unknown config key {match[1]!r}: {where} has '
+          + (f'the keys {sorted(keys)}' if keys else 'no keys')
+          + hint
+        )
+      node, path = node[part], f'{path}.{part}'
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """Parses the command line; says plainly what is wrong with a config."""
+  early = flags.FlagValues()
+  flags.DEFINE_string('config', None, '', flag_values=early)
+  rest = early(argv, known_only=True)
+  try:
+    if early.config:
+      check_overrides(load_config(early.config), rest)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  return app.parse_flags_with_usage(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Starts JAX as the flags say and calls the loop."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+  # Through absl's handler, but without the chatter of the libraries.
+  logging.getLogger('mtl_jax').setLevel(logging.INFO)
+  config = _CONFIG.value
+  jax.config.update('jax_default_matmul_precision', config.precision)
+  given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if _DISTRIBUTED.value or any(x is not None for x in given):
+    distributed.initialize(*given, timeout_s=_TIMEOUT.value)
+  try:
+    metrics = loop.train(
+      config, _WORKDIR.value, overwrite_config=_OVERWRITE_CONFIG.value
+    )
+  except stopping.Interrupted as interruption:
+    print(interruption, file=sys.stderr)
+    sys.exit(EXIT_INTERRUPTED)
+  except (ValueError, OSError, FloatingPointError) as error:
+    if logging.getLogger('mtl_jax').isEnabledFor(logging.DEBUG):
+      raise
+    sys.exit(f'error: {error}')
+  if distributed.is_main():
+    for name, value in metrics.items():
+      print(f'{name} {value:.4f}')
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'workdir'])
+  app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,32 @@
+"""Multi-Digits: two overlapped digits of 8x8 pixels, in the package itself."""
+
+from typing import Any
+
+from mtl_jax import types
+from mtl_jax.data import multi_digits as data
+from mtl_jax.problems import pairs
+
+
+def multi_digits() -> types.Problem:
+  """Two tasks: which digit is at the top left, which at the bottom right.
+
+  Real scans that come with scikit-learn, overlapped as Multi-MNIST overlaps
+  MNIST; see `mtl_jax.data.multi_digits`. There are no published baselines.
+
+  Returns:
+    A `types.Problem`.
+  """
+
+  def load(split: str, **unused: Any) -> types.Source:
+    # Nothing is read from disk and the validation split is always held out.
+    del unused
+    return data.load_multi_digits(split)
+
+  return pairs.pair_problem(
+    'multi_digits',
+    image_shape=data.IMAGE_SHAPE,
+    task_names=data.TASK_NAMES,
+    num_classes=data.NUM_CLASSES,
+    max_pixel=data.MAX_PIXEL,
+    load_real=load,
+  )

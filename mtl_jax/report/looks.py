@@ -1,0 +1,101 @@
+"""How a method looks: the same colour and line in every figure."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import math
+
+from mtl_jax.report.summary import Row
+from mtl_jax.report.summary import Summary
+from mtl_jax.report.variants import family
+from mtl_jax.report.variants import is_flat
+
+# Okabe and Ito, "Color Universal Design" (2008), without the yellow that
+# vanishes on white, then two of Paul Tol's "muted" scheme (2021).
+_COLOURS = (
+  '#0072B2',
+  '#D55E00',
+  '#009E73',
+  '#CC79A7',
+  '#E69F00',
+  '#56B4E9',
+  '#882255',
+  '#999933',
+)
+_CONTROL_COLOURS = {'stl': '#000000', 'linear': '#7A7A7A'}
+
+# The colour of what is drawn but not told apart.
+OTHERS = '#C4C4C4'
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+  """How to draw a method.
+
+  Attributes:
+    colour: one for a plain method and its flat version.
+    line: solid; dashed for the plain methods of a summary with flat ones.
+    filled: whether markers are filled; the plain ones then are not.
+    named: whether it has a colour of its own; with very many methods only the
+      controls and the best do.
+  """
+
+  colour: str
+  line: str
+  filled: bool
+  named: bool
+
+
+def looks(summary: Summary) -> dict[str, Look]:
+  """The look of every row of a summary, by its label.
+
+  Args:
+    summary: the rows to be drawn.
+
+  Returns:
+    `{label: look}`. Controls are black and grey. The other methods take the
+    palette in the order of the rows; where it is too short, the best ones.
+  """
+  rows = summary.rows
+  any_flat = any(is_flat(row.label) for row in rows)
+  colours = _family_colours(summary)
+  return {
+    row.label: Look(
+      colour=colours.get(family(row.label), OTHERS),
+      line='--' if any_flat and not is_flat(row.label) else '-',
+      filled=is_flat(row.label) or not any_flat,
+      named=family(row.label) in colours,
+    )
+    for row in rows
+  }
+
+
+def _family_colours(summary: Summary) -> Mapping[str, str]:
+  colours = {}
+  families: dict[str, list[Row]] = {}
+  for row in summary.rows:
+    name = family(row.label)
+    if name in _CONTROL_COLOURS:
+      colours[name] = _CONTROL_COLOURS[name]
+    else:
+      families.setdefault(name, []).append(row)
+  chosen: Sequence[str] = list(families)
+  if len(chosen) > len(_COLOURS):
+    best = sorted(
+      chosen,
+      key=lambda name: max(_quality(row, summary) for row in families[name]),
+      reverse=True,
+    )[: len(_COLOURS)]
+    chosen = [name for name in chosen if name in best]
+  return colours | dict(zip(chosen, _COLOURS, strict=False))
+
+
+def _quality(row: Row, summary: Summary) -> float:
+  """Larger is better: the relative gain, or the average where there is none."""
+  value = 0.0
+  if row.delta_m is not None:
+    value = -row.delta_m.mean
+  elif row.average is not None:
+    better = summary.higher_is_better[summary.first_metrics[0]]
+    value = row.average.mean if better else -row.average.mean
+  return value if math.isfinite(value) else -math.inf

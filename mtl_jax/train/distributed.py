@@ -1,0 +1,139 @@
+"""Devices and processes: start-up, the mesh, and batches on the mesh."""
+
+from collections.abc import Iterator
+import contextlib
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from mtl_jax import types
+
+DATA_AXIS = 'data'
+
+
+def initialize(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  timeout_s: int = 300,
+) -> None:
+  """Starts `jax.distributed`; call it before anything asks for a device.
+
+  Without arguments JAX finds them by itself on Cloud TPU pods, under Slurm and
+  under Open MPI.
+
+  Args:
+    coordinator_address: `host:port` of process 0.
+    num_processes: number of processes.
+    process_id: which of them this is.
+    timeout_s: seconds to wait for the other processes.
+
+  Raises:
+    ValueError: if some but not all of the three are given, or the processes
+      that came together are not `num_processes`.
+  """
+  given = (coordinator_address, num_processes, process_id)
+  if any(x is None for x in given) and any(x is not None for x in given):
+    raise ValueError(
+      'coordinator_address, num_processes and process_id go together, got '
+      f'{coordinator_address!r}, {num_processes} and {process_id}'
+    )
+  jax.distributed.initialize(*given, initialization_timeout=timeout_s)
+  if num_processes is not None and jax.process_count() != num_processes:
+    raise ValueError(
+      f'num_processes is {num_processes}, but JAX sees {jax.process_count()}'
+    )
+
+
+def make_mesh(devices: Any = None) -> jax.sharding.Mesh:
+  """A mesh of one axis, `'data'`, over all devices of all processes.
+
+  Devices of one process lie side by side, so that the rows a process holds are
+  the rows that the pipeline gives it.
+
+  Args:
+    devices: the devices; all there are by default.
+
+  Returns:
+    The mesh.
+  """
+  devices = jax.devices() if devices is None else devices
+  ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+  return jax.sharding.Mesh(
+    np.array(ordered),
+    (DATA_AXIS,),
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """The sharding of what every device holds whole."""
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def batch_sharded(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """The sharding of a batch: its first axis over the devices."""
+  return jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec(DATA_AXIS)
+  )
+
+
+def check_batch_size(
+  batch_size: int, mesh: jax.sharding.Mesh, micro_batches: int = 1
+) -> None:
+  """Raises a ValueError if a batch does not divide among the devices."""
+  parts = mesh.size * micro_batches
+  if batch_size < 1 or batch_size % parts:
+    raise ValueError(
+      f'batch_size must be a positive multiple of {parts} ({mesh.size} devices '
+      f'x {micro_batches} micro-batches), got {batch_size}'
+    )
+
+
+def put_batch(batch: types.Batch, mesh: jax.sharding.Mesh) -> types.Batch:
+  """Puts this process's slice of a global batch on its devices.
+
+  Args:
+    batch: NumPy arrays whose first axis is this process's share of the batch.
+    mesh: of `make_mesh`.
+
+  Returns:
+    The global batch, sharded over the mesh.
+  """
+  sharding = batch_sharded(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(batch, sharding)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+  )
+
+
+def is_main() -> bool:
+  """Whether this is the process that writes files and shows things."""
+  return jax.process_index() == 0
+
+
+def agree(flag: bool) -> bool:
+  """Whether `flag` is true in any process; all processes must call it."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def wait_for_all(name: str) -> None:
+  """Returns when all processes have come here; `name` tells places apart."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def process_zero_first(name: str) -> Iterator[None]:
+  """Process 0 runs the body, then the others do; such as preparing data."""
+  if not is_main():
+    wait_for_all(name)
+  yield
+  if is_main():
+    wait_for_all(name)

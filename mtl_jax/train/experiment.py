@@ -1,0 +1,244 @@
+"""What a config stands for: problem, data, mesh and jitted functions."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import dataclasses
+import time
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from mtl_jax import models
+from mtl_jax import problems
+from mtl_jax import types
+from mtl_jax.data import multi_mnist
+from mtl_jax.data import pipeline
+from mtl_jax.data import prepare
+from mtl_jax.train import distributed
+from mtl_jax.train import optimizer
+from mtl_jax.train import step as steps
+from mtl_jax.train import window as windows
+
+
+class LoopState(NamedTuple):
+  """What a step changes and a checkpoint holds.
+
+  Attributes:
+    train: parameters, the optimizer's state and so on.
+    window: the sums of the metrics since the last line of the log.
+  """
+
+  train: steps.TrainState
+  window: windows.Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A config turned into functions; nothing in it changes while it runs.
+
+  Attributes:
+    config: the config.
+    problem: the problem.
+    model: the model.
+    mesh: all devices of all processes.
+    sources: the data, `{'train': source, 'test': source}` and, where the config
+      keeps one out, `'validation'`.
+    steps_per_epoch: number of steps of an epoch.
+    total_steps: number of steps of the whole run.
+    init: `() -> LoopState`, the state a run starts from.
+    step: `(LoopState, batch) -> LoopState`, jitted; donates the state.
+    eval_step: `(params, model_state, batch, sums) -> sums`, jitted.
+    empty_window: a window of no steps, on the host.
+  """
+
+  config: ml_collections.ConfigDict
+  problem: types.Problem
+  model: types.Model
+  mesh: jax.sharding.Mesh
+  sources: dict[str, types.Source]
+  steps_per_epoch: int
+  total_steps: int
+  init: Callable[[], LoopState]
+  step: Callable[[LoopState, types.Batch], LoopState]
+  eval_step: Callable[..., Any]
+  empty_window: windows.Window
+
+  def compile_step(
+    self, state: LoopState
+  ) -> tuple[Callable[[LoopState, types.Batch], LoopState], float]:
+    """The compiled step, and the seconds that took.
+
+    A compiled function cannot be compiled again by accident: it raises when
+    what it is given has another shape.
+    """
+    start = time.perf_counter()
+    batch = _any_batch(self.sources['train'], self.config, self.mesh)
+    compiled = self.step.lower(state, batch).compile()
+    return compiled, time.perf_counter() - start
+
+  def train_batches(self, start_step: int) -> Iterator[types.Batch]:
+    """The global batches of training from a step on, on the mesh."""
+    for batch in pipeline.train_batches(
+      self.sources['train'],
+      seed=self.config.seed,
+      batch_size=self.config.batch_size,
+      num_steps=self.total_steps,
+      start_step=start_step,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    ):
+      yield distributed.put_batch(batch, self.mesh)
+
+  def new_window(self) -> windows.Window:
+    """A window of no steps, on the mesh."""
+    return jax.device_put(
+      self.empty_window, distributed.replicated(self.mesh)
+    )
+
+  def evaluate(self, state: steps.TrainState) -> dict[str, float]:
+    """`{'split/task/name': value}` over every split but training's."""
+    values = {}
+    for split in ('validation', 'test'):
+      if split in self.sources:
+        for name, value in self._evaluate(split, state).items():
+          values[f'{split}/{name}'] = value
+    return values
+
+  def _evaluate(self, split, state):
+    sums = None
+    for batch in pipeline.eval_batches(
+      self.sources[split],
+      batch_size=self.config.batch_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    ):
+      batch = distributed.put_batch(batch, self.mesh)
+      if sums is None:
+        sums = self._no_sums(state, batch)
+      sums = self.eval_step(state.params, state.model_state, batch, sums)
+    return steps.finish_eval(self.problem, jax.device_get(sums))
+
+  def _no_sums(self, state, batch):
+    shapes = jax.eval_shape(
+      steps.make_eval_step(self.problem, self.model),
+      *(state.params, state.model_state, batch),
+    )
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    return jax.device_put(zeros, distributed.replicated(self.mesh))
+
+
+def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
+  """Puts together what a config stands for; compiles nothing yet.
+
+  Data that are not prepared are prepared, by process 0 before the others.
+
+  Args:
+    config: of `configs/`.
+
+  Returns:
+    An `Experiment`.
+
+  Raises:
+    ValueError: if a value of the config is out of range; names it.
+  """
+  for name in (
+    'epochs',
+    'micro_batches',
+    'eval_every_epochs',
+    'log_every_steps',
+    'checkpoint_every_steps',
+  ):
+    if config[name] < 1:
+      raise ValueError(f'{name} must be positive, got {config[name]}')
+  problem = problems.by_name(config.problem)
+  mesh = distributed.make_mesh()
+  distributed.check_batch_size(config.batch_size, mesh, config.micro_batches)
+  model = models.make_model(
+    models.by_name(config.model.name, **config.model.kwargs),
+    problem.tasks,
+    sharing=config.model.sharing,
+  )
+  sources = _load(problem, config.data)
+  epoch = pipeline.steps_per_epoch(sources['train'], config.batch_size)
+  total_steps = config.epochs * epoch
+  tx = optimizer.make_tx(config, problem.task_names, total_steps)
+  step = steps.make_train_step(
+    problem,
+    model,
+    tx,
+    seed=config.seed,
+    engine=config.engine,
+    micro_batches=config.micro_batches,
+  )
+  eval_step = steps.make_eval_step(problem, model)
+
+  def init(batch):
+    return steps.init_state(problem, model, tx, seed=config.seed, batch=batch)
+
+  def step_and_add(state, batch):
+    train, metrics = step(state.train, batch)
+    return LoopState(train, windows.add(state.window, metrics, train.step))
+
+  def eval_and_add(params, model_state, batch, sums):
+    more = eval_step(params, model_state, batch)
+    return jax.tree.map(jnp.add, sums, more)
+
+  whole, rows = distributed.replicated(mesh), distributed.batch_sharded(mesh)
+  batch = _any_batch(sources['train'], config, mesh)
+  state = jax.eval_shape(init, batch)
+  _, metrics = jax.eval_shape(step, state, batch)
+  empty_window = windows.empty(sorted(metrics), problem.task_names)
+  return Experiment(
+    config=config,
+    problem=problem,
+    model=model,
+    mesh=mesh,
+    sources=sources,
+    steps_per_epoch=epoch,
+    total_steps=total_steps,
+    init=lambda: LoopState(
+      jax.jit(init, out_shardings=whole)(batch),
+      jax.device_put(empty_window, whole),
+    ),
+    step=jax.jit(
+      step_and_add,
+      donate_argnums=0,
+      in_shardings=(whole, rows),
+      out_shardings=whole,
+    ),
+    eval_step=jax.jit(
+      eval_and_add,
+      donate_argnums=3,
+      in_shardings=(whole, whole, rows, whole),
+      out_shardings=whole,
+    ),
+    empty_window=empty_window,
+  )
+
+
+def _load(problem, data):
+  """The sources of all splits; process 0 prepares what has to be."""
+  options = {
+    'kind': data.kind,
+    'data_dir': data.data_dir,
+    'source_dir': data.source_dir,
+    'split_scheme': data.split,
+  }
+  splits = ['train', 'validation', 'test']
+  if data.split == 'paper':
+    splits.remove('validation')
+  with distributed.process_zero_first('data are prepared'):
+    if data.kind == 'real' and problem.name in multi_mnist.NAMES:
+      prepare.prepare(problem.name, data.data_dir, data.source_dir)
+  return {split: problem.load(split, **options) for split in splits}
+
+
+def _any_batch(source, config, mesh):
+  """A batch for its shapes."""
+  rows = config.batch_size // jax.process_count()
+  indices = np.arange(rows) % len(source)
+  return distributed.put_batch(source.__getitems__(indices), mesh)

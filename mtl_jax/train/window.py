@@ -1,0 +1,92 @@
+"""Averages of training metrics, kept on the device until they are logged.
+
+Adding a step costs no transfer. The sums are part of a checkpoint, so that a
+resumed run logs the averages that the run without a break would have logged.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class NonFiniteLossError(FloatingPointError):
+  """The loss of a task is not finite."""
+
+
+class Window(NamedTuple):
+  """The metrics of the steps since the last line of the log.
+
+  Attributes:
+    sums: sum of each metric.
+    count: number of steps, int32.
+    first_bad: for each task the first step after which its loss was not finite,
+      0 if there is none; steps count from 1.
+  """
+
+  sums: dict[str, Any]
+  count: Any
+  first_bad: dict[str, Any]
+
+
+def empty(metrics: Sequence[str], task_names: Sequence[str]) -> Window:
+  """A window of no steps, in NumPy arrays."""
+  return Window(
+    sums={name: np.zeros((), np.float32) for name in metrics},
+    count=np.zeros((), np.int32),
+    first_bad={task: np.zeros((), np.int32) for task in task_names},
+  )
+
+
+def add(
+  window: Window, metrics: Mapping[str, jax.Array], step: jax.Array
+) -> Window:
+  """The window with one more step; pure.
+
+  Args:
+    window: the window.
+    metrics: scalars, with `'<task>/loss'` for every task.
+    step: number of the step, counted from 1.
+
+  Returns:
+    The new window.
+  """
+  return Window(
+    sums={name: window.sums[name] + metrics[name] for name in window.sums},
+    count=window.count + 1,
+    first_bad={
+      task: jnp.where(
+        (bad == 0) & ~jnp.isfinite(metrics[f'{task}/loss']), step, bad
+      )
+      for task, bad in window.first_bad.items()
+    },
+  )
+
+
+def means(window: Window) -> dict[str, float]:
+  """The mean of each metric over the steps of a window that is on the host."""
+  count = max(int(window.count), 1)
+  return {name: float(x) / count for name, x in window.sums.items()}
+
+
+def check_finite(window: Window) -> None:
+  """Raises a `NonFiniteLossError` naming task and step, if there is cause."""
+  bad = {task: int(x) for task, x in window.first_bad.items() if x > 0}
+  if bad:
+    step = min(bad.values())
+    tasks = [repr(task) for task in bad if bad[task] == step]
+    raise NonFiniteLossError(
+      f'the loss of {" and ".join(tasks)} is not finite at step {step}; a '
+      'smaller learning rate or gradient clipping (optimizer.clip) may help'
+    )
+
+
+def check_evaluation(values: Mapping[str, float], step: int) -> None:
+  """The same for `{'split/task/loss': value}` of an evaluation."""
+  for name, value in values.items():
+    if name.endswith('/loss') and not np.isfinite(value):
+      raise NonFiniteLossError(f'{name} is not finite after step {step}')
