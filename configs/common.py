@@ -77,42 +77,44 @@ def make_config(
   if method['flat'] is not None:
     flat = method['flat']
     method['flat'] = {**flat, 'rho_heads': _optional(float, flat['rho_heads'])}
-  return ml_collections.ConfigDict({
-    'problem': problem,
-    'data': {
-      # 'real', or 'synthetic' for a small built-in stand-in of the same form.
-      'kind': 'real',
-      # Where the prepared dataset lies, and the raw files it is made from;
-      # None is the default of tensorflow-datasets and MTL_JAX_SOURCE_DIR.
-      'data_dir': _optional(str, None),
-      'source_dir': _optional(str, None),
-      # 'holdout' takes a validation split out of train, 'paper' trains on all.
-      'split': 'holdout',
-    },
-    'model': {'name': model, 'sharing': sharing, 'kwargs': model_kwargs},
-    'method': method,
-    'optimizer': {
-      'learning_rate': 1e-3,
-      # 'constant', 'cosine' (to zero) or 'step'.
-      'schedule': 'constant',
-      # Largest global norm of the aggregated gradient; None does not clip.
-      'clip': _optional(float, None),
-      # Decoupled: no part of the loss, so no part of the perturbation.
-      'weight_decay': 0.0,
-    },
-    'batch_size': 256,
-    'epochs': 1,
-    'seed': seed,
-    # How the T gradients are computed: 'unroll', 'vmap' or 'scan'.
-    'engine': 'unroll',
-    'micro_batches': 1,
-    # Of matrix products and convolutions, in both passes.
-    'precision': 'highest',
-    'eval_every_epochs': 1,
-    'log_every_steps': 50,
-    'checkpoint_every_steps': 1000,
-    'keep_checkpoints': 2,
-  })
+  return ml_collections.ConfigDict(
+    {
+      'problem': problem,
+      'data': {
+        # 'real', or 'synthetic' for a small built-in stand-in of the same form.
+        'kind': 'real',
+        # Where the prepared dataset lies, and the raw files it is made from;
+        # None is the default of tensorflow-datasets and MTL_JAX_SOURCE_DIR.
+        'data_dir': _optional(str, None),
+        'source_dir': _optional(str, None),
+        # 'holdout' keeps a validation split out, 'paper' trains on everything.
+        'split': 'holdout',
+      },
+      'model': {'name': model, 'sharing': sharing, 'kwargs': model_kwargs},
+      'method': method,
+      'optimizer': {
+        'learning_rate': 1e-3,
+        # 'constant', 'cosine' (to zero) or 'step'.
+        'schedule': 'constant',
+        # Largest global norm of the aggregated gradient; None does not clip.
+        'clip': _optional(float, None),
+        # Decoupled: no part of the loss, so no part of the perturbation.
+        'weight_decay': 0.0,
+      },
+      'batch_size': 256,
+      'epochs': 1,
+      'seed': seed,
+      # How the T gradients are computed: 'unroll', 'vmap' or 'scan'.
+      'engine': 'unroll',
+      'micro_batches': 1,
+      # Of matrix products and convolutions, in both passes.
+      'precision': 'highest',
+      'eval_every_epochs': 1,
+      'log_every_steps': 50,
+      'checkpoint_every_steps': 1000,
+      'keep_checkpoints': 2,
+    }
+  )
 
 
 def run_local(
@@ -123,6 +125,7 @@ def run_local(
   config.model.kwargs.update(model_kwargs)
   config.batch_size = 16
   config.epochs = 2
+  config.eval_every_epochs = 1
   config.log_every_steps = 5
   config.checkpoint_every_steps = 10
   return config

@@ -1,4 +1,4 @@
-"""Trains one run, from the command line.
+r"""Trains one run, from the command line.
 
 python -m mtl_jax.main --config=configs/multi_mnist.py:method=f_cagrad \
   --workdir=DIR [--config.optimizer.learning_rate=3e-4 ...]
@@ -17,7 +17,7 @@ import sys
 
 from absl import app
 from absl import flags
-import jax
+import absl.logging
 import ml_collections
 from ml_collections import config_flags
 
@@ -52,19 +52,22 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def load_config(argument: str) -> ml_collections.ConfigDict:
-  """The config of `--config=argument`.
+def load_config(
+  argument: str, overrides: Sequence[str] = ()
+) -> ml_collections.ConfigDict:
+  """The config of a command line.
 
   Args:
-    argument: path of a Python file with `get_config`, and what that function is
-      called with after a colon.
+    argument: what follows `--config=`: path of a Python file with `get_config`
+      and, after a colon, what that function is called with.
+    overrides: arguments such as `'--config.epochs=3'`.
 
   Returns:
     The config, locked.
 
   Raises:
-    ValueError: if there is no such file, or the file finds fault with its
-      arguments.
+    ValueError: if there is no such file, the file finds fault with its
+      arguments, a key is unknown (tells the nearest) or a value unfit.
   """
   path, _, arguments = argument.partition(':')
   if not pathlib.Path(path).is_file():
@@ -76,7 +79,17 @@ def load_config(argument: str) -> ml_collections.ConfigDict:
   spec = importlib.util.spec_from_file_location('config', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config(arguments).lock()
+  config = module.get_config(arguments).lock()
+  check_overrides(config, overrides)
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict(
+    'config', config, flag_values=values, sys_argv=['', *overrides]
+  )
+  try:
+    values(['', *overrides])
+  except flags.Error as error:
+    raise ValueError(str(error)) from None
+  return values.config
 
 
 def check_overrides(
@@ -124,24 +137,20 @@ def main(argv: Sequence[str]) -> None:
   """Starts JAX as the flags say and calls the loop."""
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
-  # Through absl's handler, but without the chatter of the libraries.
-  logging.getLogger('mtl_jax').setLevel(logging.INFO)
-  config = _CONFIG.value
-  jax.config.update('jax_default_matmul_precision', config.precision)
+  if not flags.FLAGS['verbosity'].present:
+    # Our own messages, without the libraries' chatter.
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    logging.getLogger('mtl_jax').setLevel(logging.INFO)
   given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if _DISTRIBUTED.value or any(x is not None for x in given):
     distributed.initialize(*given, timeout_s=_TIMEOUT.value)
   try:
     metrics = loop.train(
-      config, _WORKDIR.value, overwrite_config=_OVERWRITE_CONFIG.value
+      _CONFIG.value, _WORKDIR.value, overwrite_config=_OVERWRITE_CONFIG.value
     )
   except stopping.Interrupted as interruption:
     print(interruption, file=sys.stderr)
     sys.exit(EXIT_INTERRUPTED)
-  except (ValueError, OSError, FloatingPointError) as error:
-    if logging.getLogger('mtl_jax').isEnabledFor(logging.DEBUG):
-      raise
-    sys.exit(f'error: {error}')
   if distributed.is_main():
     for name, value in metrics.items():
       print(f'{name} {value:.4f}')

@@ -18,7 +18,6 @@ from mtl_jax.data import pairs
 IMAGE_SIZE = 28
 SHIFT = 8
 ROUNDS = 2
-NUM_CLASSES = 10
 # 5,000 of MNIST's 60,000.
 _HELD_OUT_SHARE = 12
 _CHUNK = 1000

@@ -172,19 +172,14 @@ def _iterate(
   """Batches `start` to `stop - 1`, made ahead in a thread."""
   if prefetch < 0:
     raise ValueError(f'prefetch must not be negative, got {prefetch}')
-  if start == stop:
-    return iter(())
   dataset = grain.MapDataset.range(start, stop).map(batch_of)
   options = grain.ReadOptions(
     num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch
   )
-  return _closing(iter(dataset.to_iter_dataset(options)))
+  return _each(dataset.to_iter_dataset(options))
 
 
-def _closing(batches):
-  # A generator, so that leaving a loop early, by `break` or by an exception,
-  # ends the thread as soon as the iterator is dropped.
-  try:
-    yield from batches
-  finally:
-    batches.close()
+def _each(dataset):
+  # A generator, so that the iterator has `close` with every version of grain;
+  # `yield from` hands it on where grain's own has it.
+  yield from dataset

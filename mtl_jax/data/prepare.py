@@ -36,7 +36,8 @@ def prepare(
     data_dir: where to write; None is tensorflow-datasets' own default.
     source_dir: a folder of raw files, holding `mnist/` and `fashion_mnist/`;
       None for the one in `MTL_JAX_SOURCE_DIR`, and without that to download.
-    progress: whether tensorflow-datasets shows its messages and bars.
+    progress: whether tensorflow-datasets shows its messages and bars; when
+      something is prepared, its switch for bars stays as set here.
 
   Returns:
     The folder of the prepared dataset.

@@ -1,10 +1,9 @@
 """Convolution, pooling and dense layers that are fast on every backend.
 
 XLA's CPU backend has slow paths for exactly the shapes of small images: the
-gradient of overlapping `reduce_window`, convolutions on images of 2x2 or 3x3,
-the gradient of a convolution with a stride, and wide kernels over few channels.
-On CPU those are written here as matrix products; on GPU and TPU the native
-operation is used.
+gradient of `reduce_window`, convolutions on images of 2x2 or 3x3, the gradient
+of a convolution with a stride, and wide kernels over few channels. On CPU those
+are written here in other operations; on GPU and TPU the native one is used.
 
 The choice is made by `jax.default_backend()` while tracing.
 `jax.lax.platform_dependent` would choose while lowering, but it is a
@@ -14,16 +13,19 @@ gets the native operation: the same numbers, slower.
 """
 
 from collections.abc import Sequence
+import math
 
 from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-# Above these sizes the copies made below cost more than the slow path.
+# Above these sizes the copies or the zeros of the matrix products cost more
+# than the native convolution.
 _MAX_BAND_CHANNELS = 16
 _MAX_BAND_WIDTH = 40
-_MAX_PATCHES = 400
+_MAX_PATCHES = 16
+_MAX_STRIDED_PATCHES = 400
 
 
 def dense(features: int, fan_in: int, name: str | None = None) -> nn.Dense:
@@ -103,7 +105,7 @@ def conv_general_dilated(
   feature_group_count: int = 1,
   precision=None,
 ) -> jax.Array:
-  """`jax.lax.conv_general_dilated`, by matrix products where CPUs need it.
+  """`jax.lax.conv_general_dilated`, in another form where CPUs need it.
 
   For `flax.linen.Conv(conv_general_dilated=...)`.
 
@@ -187,14 +189,12 @@ def _symmetric_uniform(bound):
 def _cpu_form(shape, kernel_shape, strides, padding):
   """The form that is fastest for these shapes, or None for the native one."""
   _, _, width, channels = shape
-  out_height, out_width = _out_size(shape, kernel_shape, strides, padding)
-  if (
-    tuple(strides) == (1, 1)
-    and channels <= _MAX_BAND_CHANNELS
-    and width <= _MAX_BAND_WIDTH
-  ):
+  strided = tuple(strides) != (1, 1)
+  narrow = channels <= _MAX_BAND_CHANNELS and width <= _MAX_BAND_WIDTH
+  if narrow and not strided:
     return _conv_by_bands
-  if out_height * out_width <= _MAX_PATCHES:
+  patches = math.prod(_out_size(shape, kernel_shape, strides, padding))
+  if patches <= (_MAX_STRIDED_PATCHES if strided else _MAX_PATCHES):
     return _conv_by_patches
   return None
 

@@ -10,6 +10,7 @@
 with `from mtl_jax.report import curves`, which needs matplotlib.
 """
 
+from mtl_jax.report.estimates import Estimate
 from mtl_jax.report.published import Published
 from mtl_jax.report.published import read_published
 from mtl_jax.report.results import result
@@ -17,7 +18,6 @@ from mtl_jax.report.runs import read_run
 from mtl_jax.report.runs import read_runs
 from mtl_jax.report.runs import Run
 from mtl_jax.report.summary import by_problem
-from mtl_jax.report.summary import Estimate
 from mtl_jax.report.summary import Row
 from mtl_jax.report.summary import summarise
 from mtl_jax.report.summary import Summary

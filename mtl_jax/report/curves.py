@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from mtl_jax.report import panels
+from mtl_jax.report.estimates import Estimate
+from mtl_jax.report.estimates import estimate
 from mtl_jax.report.looks import Look
 from mtl_jax.report.looks import looks
-from mtl_jax.report.summary import Estimate
-from mtl_jax.report.summary import estimate
 from mtl_jax.report.summary import Row
 from mtl_jax.report.summary import Summary
 from mtl_jax.report.units import unit_of

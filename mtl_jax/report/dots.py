@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mtl_jax.report import panels
+from mtl_jax.report.estimates import Estimate
 from mtl_jax.report.looks import Look
 from mtl_jax.report.looks import looks
 from mtl_jax.report.published import Published
-from mtl_jax.report.summary import Estimate
 from mtl_jax.report.summary import Summary
 from mtl_jax.report.units import unit_of
 from mtl_jax.report.variants import family

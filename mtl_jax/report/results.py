@@ -8,8 +8,8 @@ import json
 import math
 from typing import Any
 
+from mtl_jax.report.estimates import Estimate
 from mtl_jax.report.runs import Run
-from mtl_jax.report.summary import Estimate
 from mtl_jax.report.summary import Row
 from mtl_jax.report.summary import Summary
 from mtl_jax.report.variants import differing_keys

@@ -8,53 +8,15 @@ import dataclasses
 import math
 import statistics
 from typing import Any
-from typing import NamedTuple
 
 from mtl_jax.metrics.delta_m import delta_m
 from mtl_jax.report import variants
+from mtl_jax.report.estimates import Estimate
+from mtl_jax.report.estimates import estimate
 from mtl_jax.report.runs import Run
 
 LAST = 'last'
 BEST_TEST = 'best_test'
-
-
-class Estimate(NamedTuple):
-  """Values over seeds and what is known from them.
-
-  Attributes:
-    values: one a seed, in the order of the seeds.
-    mean: their mean.
-    standard_deviation: with n - 1 in the denominator; None for a single seed.
-    standard_error: of the mean; None for a single seed.
-  """
-
-  values: tuple[float, ...]
-  mean: float
-  standard_deviation: float | None
-  standard_error: float | None
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-  """Mean and spread of `values`, of which there must be one at least.
-
-  Args:
-    values: one a seed. A value that is not finite makes all of them NaN.
-
-  Returns:
-    The estimate.
-
-  Raises:
-    ValueError: where there is no value.
-  """
-  values = tuple(float(value) for value in values)
-  if not values:
-    raise ValueError(f'values must not be empty, got {values}')
-  finite = all(math.isfinite(value) for value in values)
-  mean = math.fsum(values) / len(values) if finite else math.nan
-  if len(values) == 1:
-    return Estimate(values, mean, None, None)
-  deviation = statistics.stdev(values) if finite else math.nan
-  return Estimate(values, mean, deviation, deviation / math.sqrt(len(values)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +229,7 @@ def _row(
     for score in scores
   ]
   comparable = baselines and all(
-    value != 0 and math.isfinite(value) for value in baselines.values()
+    0 < value < math.inf for value in baselines.values()
   )
   complete = all(baselines.keys() <= score.keys() for score in scores)
   changes = [

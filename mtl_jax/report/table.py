@@ -6,11 +6,11 @@ import csv
 import io
 import math
 
+from mtl_jax.report.estimates import Estimate
 from mtl_jax.report.published import Published
 from mtl_jax.report.published import published_delta_m
 from mtl_jax.report.published import Value
 from mtl_jax.report.summary import BEST_TEST
-from mtl_jax.report.summary import Estimate
 from mtl_jax.report.summary import Row
 from mtl_jax.report.summary import Summary
 from mtl_jax.report.units import decimals_for

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 # Logged as fractions of one, shown in per cent as papers do.
-_FRACTIONS = ('accuracy', 'error')
+_FRACTIONS = ('accuracy',)
 
 
 class Unit(NamedTuple):

@@ -76,9 +76,7 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 
 def batch_sharded(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   """The sharding of a batch: its first axis over the devices."""
-  return jax.sharding.NamedSharding(
-    mesh, jax.sharding.PartitionSpec(DATA_AXIS)
-  )
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(DATA_AXIS))
 
 
 def check_batch_size(

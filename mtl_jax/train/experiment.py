@@ -53,6 +53,7 @@ class Experiment:
     step: `(LoopState, batch) -> LoopState`, jitted; donates the state.
     eval_step: `(params, model_state, batch, sums) -> sums`, jitted.
     empty_window: a window of no steps, on the host.
+    empty_sums: the sums of an evaluation before its first batch, on the host.
   """
 
   config: ml_collections.ConfigDict
@@ -66,6 +67,7 @@ class Experiment:
   step: Callable[[LoopState, types.Batch], LoopState]
   eval_step: Callable[..., Any]
   empty_window: windows.Window
+  empty_sums: Any
 
   def compile_step(
     self, state: LoopState
@@ -95,9 +97,7 @@ class Experiment:
 
   def new_window(self) -> windows.Window:
     """A window of no steps, on the mesh."""
-    return jax.device_put(
-      self.empty_window, distributed.replicated(self.mesh)
-    )
+    return jax.device_put(self.empty_window, distributed.replicated(self.mesh))
 
   def evaluate(self, state: steps.TrainState) -> dict[str, float]:
     """`{'split/task/name': value}` over every split but training's."""
@@ -109,7 +109,9 @@ class Experiment:
     return values
 
   def _evaluate(self, split, state):
-    sums = None
+    sums = jax.device_put(
+      self.empty_sums, distributed.replicated(self.mesh)
+    )
     for batch in pipeline.eval_batches(
       self.sources[split],
       batch_size=self.config.batch_size,
@@ -117,18 +119,8 @@ class Experiment:
       process_count=jax.process_count(),
     ):
       batch = distributed.put_batch(batch, self.mesh)
-      if sums is None:
-        sums = self._no_sums(state, batch)
       sums = self.eval_step(state.params, state.model_state, batch, sums)
     return steps.finish_eval(self.problem, jax.device_get(sums))
-
-  def _no_sums(self, state, batch):
-    shapes = jax.eval_shape(
-      steps.make_eval_step(self.problem, self.model),
-      *(state.params, state.model_state, batch),
-    )
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    return jax.device_put(zeros, distributed.replicated(self.mesh))
 
 
 def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
@@ -191,6 +183,7 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   batch = _any_batch(sources['train'], config, mesh)
   state = jax.eval_shape(init, batch)
   _, metrics = jax.eval_shape(step, state, batch)
+  sums = jax.eval_shape(eval_step, state.params, state.model_state, batch)
   empty_window = windows.empty(sorted(metrics), problem.task_names)
   return Experiment(
     config=config,
@@ -217,6 +210,7 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
       out_shardings=whole,
     ),
     empty_window=empty_window,
+    empty_sums=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), sums),
   )
 
 

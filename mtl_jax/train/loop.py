@@ -55,7 +55,11 @@ def train(
     NonFiniteLossError: if a loss is not finite; names task and step.
     Interrupted: after a signal, when all is saved.
   """
-  workdir = pathlib.Path(workdir)
+  with jax.default_matmul_precision(config.precision):
+    return _train(config, pathlib.Path(workdir), overwrite_config)
+
+
+def _train(config, workdir, overwrite_config):
   changes = run_directory.config_changes(workdir, config.to_dict())
   if changes and not overwrite_config:
     raise ValueError(

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax import gradients
+from mtl_jax import losses
 from mtl_jax import transforms
 from mtl_jax import types
-from mtl_jax.losses import masked
 
 # Diagnostics of a task gradient aggregation, by the name they are logged under.
 _SCALARS = {
@@ -78,8 +78,10 @@ def task_losses(
 ) -> dict[str, jax.Array]:
   """Mean loss of each task over its present labels, {task: scalar}."""
   return {
-    task.name: masked.masked_mean(
-      task.loss(predictions[task.name], batch['labels'][task.name]),
+    task.name: losses.masked_loss(
+      task.loss,
+      predictions[task.name],
+      batch['labels'][task.name],
       batch['mask'][task.name],
     )
     for task in problem.tasks
@@ -190,9 +192,9 @@ def make_eval_step(
     loss_sums = {}
     for task in problem.tasks:
       mask = batch['mask'][task.name]
-      losses = task.loss(predictions[task.name], batch['labels'][task.name])
+      each = task.loss(predictions[task.name], batch['labels'][task.name])
       loss_sums[task.name] = {
-        'sum': jnp.sum(jnp.where(mask > 0, losses, 0)),
+        'sum': jnp.sum(jnp.where(mask > 0, each, 0)),
         'count': jnp.sum(mask),
       }
     return {
@@ -213,11 +215,11 @@ def finish_eval(problem: types.Problem, sums: Any) -> dict[str, float]:
   Returns:
     `{'<task>/loss': mean loss, '<task>/<metric>': value}`.
   """
-  losses = {
+  means = {
     f'{task}/loss': part['sum'] / jnp.maximum(part['count'], 1)
     for task, part in sums['loss'].items()
   }
-  values = {**losses, **_finish(problem, sums['metrics'])}
+  values = {**means, **_finish(problem, sums['metrics'])}
   return {name: float(value) for name, value in values.items()}
 
 

@@ -121,11 +121,14 @@ class Aggregator(aggregating.Aggregator):
       has done it.
     axes: the mapped axes it was made for.
     head_scale: how `shared_only` treats heads unless told otherwise.
+    for_tasks: `num_tasks -> Aggregator`; the same aggregator as if made with
+      `num_tasks`, for a wrapper that knows the tasks.
   """
 
   aggregate: Callable[..., tuple[Any, Any]]
   axes: Axes
   head_scale: str
+  for_tasks: Callable[[int], 'Aggregator']
 
   def __new__(
     cls,
@@ -134,6 +137,7 @@ class Aggregator(aggregating.Aggregator):
     *,
     axes: Axes | None = None,
     head_scale: str = 'none',
+    for_tasks: Callable[[int], 'Aggregator'] | None = None,
   ):
     axes = (axes or Axes()).check()
 
@@ -150,6 +154,7 @@ class Aggregator(aggregating.Aggregator):
     self.aggregate = aggregate
     self.axes = axes
     self.head_scale = head_scale
+    self.for_tasks = for_tasks or (lambda num_tasks: self)
     return self
 
 

@@ -116,9 +116,9 @@ def flat_minima(
 
   Args:
     aggregator: A; any aggregator whose update is homogeneous of degree 1 in the
-      gradients. Give it `num_tasks` to see the weights of both parts, and
-      `axis_name` or `shard_axis` where the update runs under one: both hold
-      for the perturbation too.
+      gradients. The weights of both parts are in the state whether or not it
+      was made with `num_tasks`. Its `axis_name` and `shard_axis` hold for the
+      perturbation too.
     task_names: the tasks, in the order of the task axis.
     rho: radius of the perturbation, in the units of the parameters, or an optax
       schedule of the number of updates.
@@ -178,7 +178,7 @@ def flat_minima(
   """
   names = _labels.check_task_names(task_names)
   size = len(names)
-  inner = _aggregator.as_aggregator(aggregator)
+  inner = _aggregator.as_aggregator(aggregator).for_tasks(size)
   axes = inner.axes
   _aggregator.one_of('norm', norm, ('separate', 'joint'))
   _aggregator.one_of('combine', combine, _COMBINATIONS)

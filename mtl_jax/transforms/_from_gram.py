@@ -201,6 +201,20 @@ def from_gram(
       residual = residual.astype(gram.dtype)
     return updates, FromGramState(weights, gram, residual, key)
 
-  return _aggregator.Aggregator(
-    init, aggregate, axes=axes, head_scale=head_scale
+  def for_tasks(size):
+    if num_tasks is not None:
+      return lifted
+    return from_gram(
+      weights_fn,
+      num_tasks=size,
+      seed=seed,
+      axis_name=axis_name,
+      reduce=reduce,
+      shard_axis=shard_axis,
+      head_scale=head_scale,
+    )
+
+  lifted = _aggregator.Aggregator(
+    init, aggregate, axes=axes, head_scale=head_scale, for_tasks=for_tasks
   )
+  return lifted

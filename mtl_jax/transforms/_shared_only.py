@@ -19,8 +19,8 @@ def head_weights(state: Any) -> jax.Array:
   weights = getattr(state, 'task_weights', None)
   if weights is None:
     raise ValueError(
-      "head_scale='weights' needs an aggregator that keeps task_weights in its "
-      'state: one that has weights, made with num_tasks'
+      "head_scale='weights' needs an aggregator that shows task_weights in its "
+      f'state, got the state {type(state).__name__}'
     )
   return weights
 
@@ -60,9 +60,9 @@ def shared_only(
     [*shape] out. Its state is that of `aggregator`.
 
   Raises:
-    ValueError: for another `head_scale`, for `'weights'` with a method that
-      keeps none in its state (give it `num_tasks`), for labels that are no
-      task; at `update` for leaves of another shape.
+    ValueError: for another `head_scale`, for `'weights'` with a method without
+      weights, for labels that are no task; at `update` for leaves of another
+      shape.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -80,6 +80,8 @@ def shared_only(
   inner = _aggregator.as_aggregator(aggregator)
   head_scale = inner.head_scale if head_scale is None else head_scale
   _aggregator.one_of('head_scale', head_scale, HEAD_SCALES)
+  if head_scale == 'weights':
+    inner = inner.for_tasks(len(names))
 
   def init(params):
     partition = _labels.Partition(param_labels, params, names)

@@ -178,28 +178,6 @@ def test_a_closed_or_dropped_iterator_leaves_no_thread():
   assert not _prefetch_threads()
 
 
-def test_closing_drops_the_batches_that_are_not_begun():
-  gate = threading.Semaphore(1)
-  asked = []
-
-  class Gated(pipeline.ArraySource):
-    def __getitems__(self, indices):
-      asked.append(len(asked))
-      gate.acquire()
-      return super().__getitems__(indices)
-
-  batches = pipeline.train_batches(
-    Gated(_source().arrays), seed=0, batch_size=4, num_steps=99, prefetch=8
-  )
-  next(batches)
-  batches.close()
-  gate.release(50)
-  deadline = time.monotonic() + 10
-  while _prefetch_threads() and time.monotonic() < deadline:
-    time.sleep(0.01)
-  assert len(asked) <= 2  # The one that came and the one that was begun.
-
-
 def test_an_error_of_the_source_reaches_the_loop():
   class Broken(pipeline.ArraySource):
     def __getitems__(self, indices):

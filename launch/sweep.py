@@ -1,0 +1,245 @@
+r"""Trains methods x seeds of one config, each run in a process of its own.
+
+    python launch/sweep.py --config=configs/multi_digits.py \
+      --methods=stl,linear,cagrad,f_cagrad --seeds=0,1,2 \
+      --root=runs/quickstart [--jobs=N] [-- --config.epochs=10 ...]
+
+A run lies in ROOT/<problem>/<method>/seed_<n>, what it says in its log.txt.
+Finished runs are skipped and stopped ones go on, so the same command can be
+given again. What comes after `--` goes to every run.
+
+Ends with 0 when all runs are finished, with 75 when Ctrl-C or SIGTERM stopped
+them (all is saved; a second Ctrl-C kills them), and with 1 when a run failed.
+"""
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(_ROOT))
+
+from mtl_jax import main as mtl_main  # noqa: E402
+from mtl_jax.train import run_directory  # noqa: E402
+
+
+@dataclasses.dataclass
+class Job:
+  """One run of the sweep."""
+
+  name: str
+  workdir: pathlib.Path
+  config: dict
+  command: list[str]
+  process: subprocess.Popen | None = None
+  began: float = 0.0
+
+  @property
+  def log(self) -> pathlib.Path:
+    """Where the run's output goes."""
+    return self.workdir / 'log.txt'
+
+  @property
+  def finished(self) -> bool:
+    """Whether this very run is finished."""
+    record = run_directory.read_record(self.workdir)
+    return bool(
+      record
+      and record['finished']
+      and not run_directory.config_changes(self.workdir, self.config)
+    )
+
+  def start(self, environment: dict[str, str]) -> None:
+    """Starts the process; its output is appended to the log."""
+    self.workdir.mkdir(parents=True, exist_ok=True)
+    self.began = time.monotonic()
+    with self.log.open('ab') as log:
+      self.process = subprocess.Popen(
+        self.command,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        # Ctrl-C in a terminal goes to all processes of its group; a run is
+        # to get one signal, the one that is sent below.
+        start_new_session=True,
+      )
+
+
+def make_jobs(
+  config: str,
+  methods: Sequence[str],
+  seeds: Sequence[int],
+  root: pathlib.Path,
+  overrides: Sequence[str] = (),
+) -> list[Job]:
+  """The runs of a sweep, seed after seed.
+
+  Args:
+    config: `FILE.py[:ARGUMENTS]`.
+    methods: names of methods.
+    seeds: the seeds.
+    root: folder of the sweep.
+    overrides: further arguments of every run.
+
+  Returns:
+    A job for each method and seed.
+
+  Raises:
+    ValueError: if a method, an argument or a config key is unknown.
+  """
+  jobs = []
+  for seed in seeds:
+    for method in methods:
+      separator = ',' if ':' in config else ':'
+      argument = f'{config}{separator}method={method},seed={seed}'
+      values = mtl_main.load_config(argument, overrides)
+      workdir = root / values.problem / method / f'seed_{seed}'
+      command = [sys.executable, '-m', 'mtl_jax.main', f'--config={argument}']
+      jobs.append(
+        Job(
+          name=f'{values.problem} {method} seed {seed}',
+          workdir=workdir,
+          config=values.to_dict(),
+          command=[*command, f'--workdir={workdir}', *overrides],
+        )
+      )
+  return jobs
+
+
+class Sweep:
+  """Runs jobs, some at a time."""
+
+  def __init__(self, jobs: Sequence[Job], parallel: int):
+    """Takes the jobs and how many of them run at the same time."""
+    self._waiting = list(jobs)
+    self._parallel = parallel
+    self._running: list[Job] = []
+    self._failed: list[Job] = []
+    self._total, self._done = len(jobs), 0
+    self._stopping = False
+
+  def run(self) -> int:
+    """Runs all jobs and tells how; returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, self._stop)
+    try:
+      while self._running or (self._waiting and not self._stopping):
+        self._start_some()
+        self._collect()
+    finally:
+      for job in self._running:
+        os.killpg(job.process.pid, signal.SIGKILL)
+    for job in self._failed:
+      print(f'failed: {job.name}; see {job.log}')
+    if self._stopping:
+      print('stopped; the same command goes on')
+      return mtl_main.EXIT_INTERRUPTED
+    return 1 if self._failed else 0
+
+  def _start_some(self):
+    while self._waiting and not self._stopping:
+      if len(self._running) >= self._parallel:
+        return
+      job = self._waiting.pop(0)
+      if job.finished:
+        self._tell(job, 'finished before')
+        continue
+      job.start({**os.environ, 'PYTHONPATH': _python_path()})
+      self._running.append(job)
+
+  def _collect(self):
+    time.sleep(0.1)
+    for job in list(self._running):
+      status = job.process.poll()
+      if status is None:
+        continue
+      self._running.remove(job)
+      seconds = time.monotonic() - job.began
+      if status == 0:
+        self._tell(job, f'finished in {seconds:.0f} s')
+      elif status == mtl_main.EXIT_INTERRUPTED and self._stopping:
+        self._tell(job, f'stopped after {seconds:.0f} s')
+      else:
+        self._failed.append(job)
+        self._tell(job, f'FAILED with status {status}')
+
+  def _tell(self, job, what):
+    self._done += 1
+    print(f'[{self._done}/{self._total}] {job.name}: {what}', flush=True)
+
+  def _stop(self, number, frame):
+    del frame
+    again, self._stopping = self._stopping, True
+    if not again:
+      print(f'{signal.Signals(number).name}: stopping the runs', flush=True)
+    for job in self._running:
+      if job.process.poll() is None:
+        job.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
+
+def default_jobs() -> int:
+  """How many runs at the same time: one a core, but one an accelerator.
+
+  Small models keep one core busy, whatever the number of threads; on an
+  accelerator two runs would fight over its memory.
+
+  Returns:
+    A positive number.
+  """
+  # In a process that ends, because asking takes hold of the device.
+  backend = subprocess.run(
+    [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
+    capture_output=True,
+    text=True,
+    check=False,
+  ).stdout.strip()
+  return min(os.cpu_count() or 1, 8) if backend == 'cpu' else 1
+
+
+def _python_path():
+  # Runs find the package from any folder, also where it is not installed.
+  return os.pathsep.join(
+    filter(None, (str(_ROOT), os.environ.get('PYTHONPATH')))
+  )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The command line; returns the exit status."""
+  parser = argparse.ArgumentParser(
+    description='Trains methods x seeds of one config.',
+    epilog='What comes after -- goes to every run.',
+  )
+  parser.add_argument('--config', required=True, help='FILE.py[:ARGUMENTS]')
+  parser.add_argument('--methods', required=True, help='such as stl,f_cagrad')
+  parser.add_argument('--seeds', default='0,1,2', help='such as 0,1,2')
+  parser.add_argument('--root', required=True, type=pathlib.Path)
+  parser.add_argument(
+    '--jobs',
+    type=int,
+    help='runs at the same time (default: one a core, up to 8; one if there is '
+    'an accelerator)',
+  )
+  argv = list(sys.argv[1:] if argv is None else argv)
+  cut = argv.index('--') if '--' in argv else len(argv)
+  args = parser.parse_args(argv[:cut])
+  if args.jobs is not None and args.jobs < 1:
+    parser.error(f'--jobs must be positive, got {args.jobs}')
+  try:
+    seeds = [int(seed) for seed in args.seeds.split(',')]
+    jobs = make_jobs(
+      args.config, args.methods.split(','), seeds, args.root, argv[cut + 1 :]
+    )
+  except ValueError as error:
+    parser.error(str(error))
+  return Sweep(jobs, args.jobs or default_jobs()).run()
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,253 @@
+"""The CPU's forms of convolution and pooling are the native operations."""
+
+import collections
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import numpy_layers
+import pytest
+
+from mtl_jax import models
+from mtl_jax.models import layers
+
+_LAYOUT = ('NHWC', 'HWIO', 'NHWC')
+
+# (image, input channels, features, kernel size, stride, padding)
+_CONVS = {
+  'lenet_1': ((36, 36), 1, 10, 9, 1, 0),
+  'lenet_2': ((14, 14), 10, 20, 5, 1, 0),
+  'resnet_first': ((36, 36), 1, 4, 7, 2, 3),
+  'resnet_wide': ((9, 9), 20, 8, 3, 1, 1),
+  'resnet_halving': ((9, 9), 20, 24, 3, 2, 1),
+  'resnet_shortcut': ((5, 5), 20, 24, 1, 2, 0),
+  'image_3x3': ((3, 3), 20, 16, 3, 1, 1),
+  'image_2x2': ((2, 2), 20, 16, 3, 1, 1),
+  'image_1x1': ((1, 1), 20, 16, 3, 1, 1),
+  'narrow_padded': ((7, 5), 3, 4, 3, 1, 1),
+  'not_square': ((6, 9), 20, 8, 3, 2, 1),
+}
+
+
+def _native(x, kernel, stride, padding):
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    [(padding, padding)] * 2,
+    dimension_numbers=_LAYOUT,
+  )
+
+
+def _ours(x, kernel, stride, padding):
+  return layers.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    [(padding, padding)] * 2,
+    dimension_numbers=_LAYOUT,
+  )
+
+
+def _inputs(size, channels, features, kernel_size, batch=3):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(batch, *size, channels))
+  kernel = rng.normal(size=(kernel_size, kernel_size, channels, features))
+  return jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+
+
+def _cotangent(out):
+  return jnp.sin(jnp.arange(1.0, out.size + 1).reshape(out.shape))
+
+
+def _close(actual, expected, tolerance=3e-6):
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize('name', _CONVS)
+def test_convolution_is_the_sum_of_its_definition(name):
+  size, channels, features, kernel_size, stride, padding = _CONVS[name]
+  x, kernel = _inputs(size, channels, features, kernel_size)
+  out = jax.jit(_ours, static_argnums=(2, 3))(x, kernel, stride, padding)
+  _close(out, numpy_layers.conv(x, kernel, stride, padding))
+
+
+@pytest.mark.parametrize('name', _CONVS)
+def test_gradients_of_convolution_are_those_of_the_native_one(name):
+  size, channels, features, kernel_size, stride, padding = _CONVS[name]
+  x, kernel = _inputs(size, channels, features, kernel_size)
+
+  def gradients(function):
+    def pull(x, kernel):
+      out, back = jax.vjp(
+        lambda x, kernel: function(x, kernel, stride, padding), x, kernel
+      )
+      return back(_cotangent(out))
+
+    return jax.jit(pull)(x, kernel)
+
+  for actual, expected in zip(
+    gradients(_ours), gradients(_native), strict=True
+  ):
+    _close(actual, expected)
+
+
+@pytest.mark.parametrize('name', ['lenet_2', 'resnet_halving', 'image_2x2'])
+def test_convolution_maps_over_kernels_and_transposes(name):
+  size, channels, features, kernel_size, stride, padding = _CONVS[name]
+  x, kernel = _inputs(size, channels, features, kernel_size)
+  kernels = jnp.stack([kernel, 2 * kernel])
+
+  def tangent_and_transpose(function):
+    at_kernel = lambda kernel: function(x, kernel, stride, padding)
+
+    def run(kernel):
+      out, linear = jax.linearize(at_kernel, kernel)
+      transpose = jax.linear_transpose(linear, kernel)
+      return linear(kernel), transpose(_cotangent(out))[0]
+
+    return jax.jit(jax.vmap(run))(kernels)
+
+  jax.tree.map(
+    _close, tangent_and_transpose(_ours), tangent_and_transpose(_native)
+  )
+
+
+@pytest.mark.parametrize(
+  'option',
+  [
+    {'feature_group_count': 3},
+    {'lhs_dilation': (2, 2)},
+    {'rhs_dilation': (2, 2)},
+  ],
+)
+def test_convolution_honours_groups_and_dilation(option):
+  x, _ = _inputs((5, 5), 3, 6, 3)
+  groups = option.get('feature_group_count', 1)
+  _, kernel = _inputs((5, 5), 3 // groups, 6, 3)
+  arguments = (x, kernel, (1, 1), [(1, 1)] * 2)
+  options = {'dimension_numbers': _LAYOUT, **option}
+  np.testing.assert_array_equal(
+    layers.conv_general_dilated(*arguments, **options),
+    jax.lax.conv_general_dilated(*arguments, **options),
+  )
+
+
+def test_padding_by_name_is_that_of_the_native_convolution():
+  x, kernel = _inputs((6, 6), 3, 4, 3)
+  options = {'dimension_numbers': _LAYOUT}
+  np.testing.assert_array_equal(
+    layers.conv_general_dilated(x, kernel, (2, 2), 'SAME', **options),
+    jax.lax.conv_general_dilated(x, kernel, (2, 2), 'SAME', **options),
+  )
+
+
+# (image, window, stride, padding)
+_POOLS = {
+  'lenet': ((8, 6), 2, 2, 0),
+  'odd': ((7, 5), 2, 2, 0),
+  'resnet': ((9, 8), 3, 2, 1),
+  'small': ((1, 2), 3, 2, 1),
+}
+
+
+def _tied(size):
+  """Few values, so that most windows have several maxima."""
+  return np.random.default_rng(0).integers(0, 3, (2, *size, 3)) * 1.0
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+@pytest.mark.parametrize('name', _POOLS)
+def test_maximum_and_its_gradient_agree_on_all_backends(
+  name, backend, monkeypatch
+):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  size, *options = _POOLS[name]
+  x = _tied(size)
+  out, back = jax.vjp(
+    lambda x: layers.max_pool(x, *options), jnp.asarray(x, jnp.float32)
+  )
+  np.testing.assert_array_equal(out, numpy_layers.max_pool(x, *options))
+  cotangent = np.arange(1.0, out.size + 1).reshape(out.shape)
+  (gradient,) = back(jnp.asarray(cotangent, jnp.float32))
+  np.testing.assert_array_equal(
+    gradient, numpy_layers.max_pool_gradient(x, cotangent, *options)
+  )
+
+
+def test_gradient_of_ties_adds_up_to_the_cotangent():
+  x = jnp.zeros((1, 4, 4, 1))
+  gradient = jax.grad(lambda x: layers.max_pool(x, 2, 2).sum())(x)
+  assert gradient.sum() == 4.0
+  np.testing.assert_array_equal(gradient[0, :2, :2, 0], [[1, 0], [0, 0]])
+
+
+@pytest.mark.parametrize('place', [(0, 0), (0, 1), (1, 1)])
+def test_nan_in_a_window_is_its_maximum(place):
+  x = jnp.ones((1, 4, 4, 1)).at[0, place[0], place[1], 0].set(jnp.nan)
+  out = layers.max_pool(x, 2, 2)
+  np.testing.assert_array_equal(out[0, :, :, 0], [[np.nan, 1], [1, 1]])
+
+
+def test_padding_wider_than_half_a_window_is_an_error():
+  with pytest.raises(ValueError, match=r'padding.*got 2'):
+    layers.max_pool(jnp.zeros((1, 4, 4, 1)), 3, 2, 2)
+
+
+def _operations(jaxpr, into):
+  for equation in jaxpr.eqns:
+    into.append(equation)
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      _operations(inner, into)
+  return into
+
+
+def _gradient_operations(name):
+  trunk = models.by_name(name)
+  image = jax.ShapeDtypeStruct((2, 36, 36, 1), jnp.float32)
+  variables = jax.eval_shape(trunk.init, jax.random.key(0), image)
+
+  def loss(variables, image):
+    mutable = [key for key in variables if key != 'params']
+    out, _ = trunk.apply(variables, image, train=True, mutable=mutable)
+    return out.sum()
+
+  jaxpr = jax.make_jaxpr(jax.grad(loss))(variables, image).jaxpr
+  return _operations(jaxpr, [])
+
+
+@pytest.mark.parametrize('name', ['lenet', 'resnet18'])
+def test_gradient_on_cpu_has_none_of_the_slow_operations(name):
+  for equation in _gradient_operations(name):
+    operation = equation.primitive.name
+    assert not operation.startswith(('reduce_window', 'select_and'))
+    if operation == 'conv_general_dilated':
+      image, *_ = equation.invars
+      assert image.aval.ndim == 3 or min(image.aval.shape[1:3]) > 4
+
+
+@pytest.mark.parametrize('backend', ['gpu', 'tpu'])
+def test_accelerators_get_the_native_operations(backend, monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  found = collections.Counter(
+    equation.primitive.name for equation in _gradient_operations('resnet18')
+  )
+  # Forward: 17 convolutions and 3 shortcuts. Backward: two for each, less the
+  # gradient with respect to the image.
+  assert found['conv_general_dilated'] == 20 + 2 * 20 - 1
+  assert found['select_and_scatter_add'] == 1
+
+
+def test_initial_values_are_uniform_within_the_inverse_root_of_the_fan_in():
+  x = jnp.zeros((1, 9, 9, 5))
+  conv = layers.conv(300, 4, bias_fan_in=80).init(jax.random.key(0), x)
+  dense = layers.dense(500, 80).init(jax.random.key(1), jnp.zeros((1, 80)))
+  for leaf in jax.tree.leaves((conv, dense)):
+    bound = 80**-0.5
+    assert np.abs(leaf).max() <= bound
+    # The deviation of a uniform distribution; within five standard errors.
+    np.testing.assert_allclose(
+      np.std(leaf), bound / 3**0.5, rtol=5 * 0.45 / leaf.size**0.5
+    )

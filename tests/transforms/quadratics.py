@@ -1,0 +1,230 @@
+"""Tasks with quadratic losses, whose flat-minima update is a closed form.
+
+Task i has the loss 1/2 (x_i - c_i)' A_i (x_i - c_i), where x_i holds the shared
+parameters and those of its head. A_i is full, so that each part of x_i matters
+for the gradient of the other. `Quadratics.update` is the whole update of
+`flat_minima` in float64 NumPy, from the equations of DESIGN, section 4.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import methods
+import numpy as np
+import optax
+
+# Not in alphabetical order: the task axis follows the names, not a dictionary.
+NAMES = ('segmentation', 'depth', 'normals')
+SIZE = len(NAMES)
+SHARED = 6
+HEAD = 3
+
+# The first row of each factory.
+FACTORIES = tuple({m.factory: m for m in reversed(methods.METHODS)}.values())[
+  ::-1
+]
+
+by_name = lambda rows: {'argvalues': rows, 'ids': [row.name for row in rows]}
+
+
+def tree(shared, heads, names=NAMES):
+  """Parameters or task gradients from shared [..., 6] and heads [T, 3]."""
+  lead = shared.shape[:-1]
+  return {
+    'shared': {
+      'kernel': shared[..., :4].reshape(*lead, 2, 2),
+      'bias': shared[..., 4:],
+    },
+    'heads': {
+      name: {'scale': head[:2], 'offset': head[2]}
+      for name, head in zip(names, heads, strict=True)
+    },
+  }
+
+
+def vectors(params, names=NAMES, xp=np):
+  """The inverse of `tree`: shared [..., 6] and heads [T, 3]."""
+  shared = params['shared']
+  lead = shared['bias'].shape[:-1]
+  heads = [params['heads'][name] for name in names]
+  return (
+    xp.concatenate(
+      [shared['kernel'].reshape(*lead, 4), shared['bias']], axis=-1
+    ),
+    xp.stack(
+      [xp.concatenate([h['scale'], h['offset'].reshape(1)]) for h in heads]
+    ),
+  )
+
+
+def compiled(method, size=SIZE):
+  """The method for the first `size` tasks, its update jitted once for all."""
+  return _compiled(method.name, size)
+
+
+@functools.cache
+def _compiled(name, size):
+  method = next(m for m in methods.METHODS if m.name == name)
+  tx = method.make(range(size), num_tasks=size)
+  return optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
+
+
+def losses(size=SIZE):
+  return jnp.asarray(methods.LOSSES[:size], jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadratics:
+  """T quadratic tasks and the point the parameters are at.
+
+  Attributes:
+    names: the tasks.
+    A: [T, 9, 9].
+    c: [T, 9].
+    shared: [6].
+    heads: [T, 3].
+  """
+
+  names: tuple[str, ...]
+  A: np.ndarray
+  c: np.ndarray
+  shared: np.ndarray
+  heads: np.ndarray
+
+  @classmethod
+  def random(cls, names=NAMES, seed=0):
+    rng = np.random.default_rng(seed)
+    size, dims = len(names), SHARED + HEAD
+    root = rng.standard_normal((size, dims, dims))
+    return cls(
+      names,
+      root @ np.swapaxes(root, 1, 2) / dims + 0.1 * np.eye(dims),
+      rng.standard_normal((size, dims)),
+      rng.standard_normal(SHARED),
+      rng.standard_normal((size, HEAD)),
+    )
+
+  def take(self, tasks):
+    """The same problem with these of the tasks alone."""
+    tasks = list(tasks)
+    names = tuple(self.names[i] for i in tasks)
+    return Quadratics(
+      names, self.A[tasks], self.c[tasks], self.shared, self.heads[tasks]
+    )
+
+  @property
+  def params(self):
+    to_jax = lambda x: jnp.asarray(x, jnp.float32)
+    return tree(to_jax(self.shared), to_jax(self.heads), self.names)
+
+  def grad_fn(self, task_params):
+    """Task parameters to task gradients, in JAX."""
+    shared, heads = vectors(task_params, self.names, jnp)
+    x = jnp.concatenate([shared, heads], axis=1)
+    A, c = jnp.asarray(self.A, jnp.float32), jnp.asarray(self.c, jnp.float32)
+    g = jnp.einsum('tij,tj->ti', A, x - c, precision='highest')
+    return tree(g[:, :SHARED], g[:, SHARED:], self.names)
+
+  @property
+  def task_params(self):
+    """All tasks at the parameters."""
+    shared = jnp.asarray(np.tile(self.shared, (len(self.names), 1)), 'float32')
+    return tree(shared, jnp.asarray(self.heads, jnp.float32), self.names)
+
+  @property
+  def task_grads(self):
+    return self.grad_fn(self.task_params)
+
+  def gradient(self, x):
+    """Row i of the result is the gradient of task i at row i of x [T, 9]."""
+    return np.einsum('tij,tj->ti', self.A, x - self.c)
+
+  def perturbed(self, *, rho, rho_heads, adaptive=False, norm='separate'):
+    """The task parameters x + e [T, 9], in NumPy."""
+    shared = np.tile(self.shared, (len(self.names), 1))
+    x = np.concatenate([shared, self.heads], axis=1)
+    g = self.gradient(x)
+    measured = np.abs(x) * g if adaptive else g
+    direction = x**2 * g if adaptive else g
+    parts = [slice(0, SHARED), slice(SHARED, None)]
+    if norm == 'joint':
+      lengths = [np.linalg.norm(measured, axis=1, keepdims=True)] * 2
+    else:
+      lengths = [
+        np.linalg.norm(measured[:, part], axis=1, keepdims=True)
+        for part in parts
+      ]
+    e = np.zeros_like(x)
+    for part, length, radius in zip(
+      parts, lengths, (rho, rho_heads), strict=True
+    ):
+      e[:, part] = radius * direction[:, part] / length
+    return x + e
+
+  def update(
+    self,
+    aggregate: Callable[[np.ndarray], np.ndarray],
+    *,
+    combine='separate',
+    combiner: Callable[[np.ndarray], np.ndarray] | None = None,
+    head_scale='none',
+    **perturbation,
+  ):
+    """The right updates, in NumPy.
+
+    Args:
+      aggregate: J [T, 6] to all right updates [N, 6]; outcome n of every call
+        stands for the same draw of a random method.
+      combine: as in `flat_minima`.
+      combiner: rows [2, 6] to [6]; their sum if None.
+      head_scale: as in `flat_minima`.
+      **perturbation: as in `perturbed`.
+
+    Returns:
+      shared [N, 6] and heads [N, T, 3].
+    """
+    combiner = combiner or (lambda rows: rows.sum(axis=0))
+    g = self.gradient(self.perturbed(rho=0, rho_heads=0))
+    s = self.gradient(self.perturbed(**perturbation))
+    of_loss = g[:, :SHARED]
+    of_flat = s[:, :SHARED] - of_loss
+    both = np.stack([of_loss, of_flat], axis=1)
+    first = {
+      'separate': of_loss,
+      'second': of_loss,
+      'direct': s[:, :SHARED],
+      'each': np.stack([combiner(rows) for rows in both]),
+    }[combine]
+    shared = results = aggregate(first)
+    if combine in ('separate', 'second'):
+      pairs = np.stack([results, aggregate(of_flat)], axis=1)
+      if combine == 'separate':
+        shared = pairs.sum(axis=1)
+      else:
+        shared = np.stack([combiner(pair) for pair in pairs])
+    # Weights [N, T] from the result, for the rows are linearly independent.
+    weights = np.linalg.lstsq(first.T, results.T, rcond=None)[0].T
+    if head_scale == 'none':
+      weights = np.ones_like(weights)
+    return shared, weights[:, :, None] * s[:, SHARED:]
+
+
+def assert_is_one_of(updates, expected, names=NAMES, tolerance=1e-4):
+  """An update must be one of the right ones (`Quadratics.update`).
+
+  Tolerances are relative to the update's length; flat gradients are differences
+  of float32 numbers, which leaves them about five digits.
+  """
+  shared, heads = vectors(updates, names)
+  misses = [
+    max(
+      np.linalg.norm(shared - right_shared) / np.linalg.norm(right_shared),
+      np.linalg.norm(heads - right_heads) / np.linalg.norm(right_heads),
+    )
+    for right_shared, right_heads in zip(*expected, strict=True)
+  ]
+  # `not <` and not `>`: NaN is a miss.
+  assert min(misses) < tolerance, (misses, shared, heads, expected)
