@@ -20,6 +20,6 @@ cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the repository}"
 . launch/env.sh
 make_env "train,cuda${CUDA:-13}"
 
-distributed=off
-if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then distributed=auto; fi
-exec srun "$VENV_PYTHON" -m mtl_jax.main --distributed="$distributed" "$@"
+distributed=()
+if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then distributed=(--distributed); fi
+exec srun "$VENV_PYTHON" -m mtl_jax.main "${distributed[@]}" "$@"

@@ -12,6 +12,6 @@ set -euo pipefail
 : "${TPU:?set TPU to the name of the TPU VM}" "${ZONE:?set ZONE to its zone}"
 
 command="cd ~/mtl_jax && . launch/env.sh && make_env train,tpu && \
-  \"\$VENV_PYTHON\" -m mtl_jax.main --distributed=auto $(printf '%q ' "$@")"
+  \"\$VENV_PYTHON\" -m mtl_jax.main --distributed $(printf '%q ' "$@")"
 exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all \
   --command="bash -c $(printf '%q' "$command")"

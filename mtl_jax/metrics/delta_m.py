@@ -29,11 +29,11 @@ def relative_gain(
   Examples:
     >>> from mtl_jax import metrics
     >>> metrics.relative_gain(
-    ...   {'seg/accuracy': 66.0, 'depth/error': 0.6},
+    ...   {'seg/accuracy': 66.0, 'depth/error': 0.75},
     ...   {'seg/accuracy': 60.0, 'depth/error': 0.5},
     ...   {'seg/accuracy': True, 'depth/error': False},
     ... )
-    {'seg/accuracy': 10.0, 'depth/error': -20.0}
+    {'seg/accuracy': 10.0, 'depth/error': -50.0}
   """
   gains = {}
   for key, score in scores.items():

@@ -31,6 +31,10 @@ class LeNet(nn.Module):
   @nn.compact
   def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
     """Features [B, features] of images [B, H, W, C]; `train` has no effect."""
+    if min(image.shape[1:3]) < 20:
+      raise ValueError(
+        f'LeNet needs images of at least 20x20, got {image.shape[1:3]}'
+      )
     x = image
     for index, (channels, size) in enumerate(((10, 9), (20, 5))):
       x = layers.conv(

@@ -122,7 +122,6 @@ def _one_problem(
     tables.append(markdown(best_test, published))
     texts['table_best_test.csv'] = csv_text(best_test)
   texts['table.md'] = '\n'.join(tables)
-  print(texts['table.md'])
 
   folder.mkdir(parents=True, exist_ok=True)
   written = []
@@ -141,6 +140,7 @@ def _one_problem(
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(dumps(tree) + '\n', encoding='utf-8')
     written.append(json_file)
+  print(texts['table.md'])
   return written
 
 

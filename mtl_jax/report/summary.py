@@ -229,7 +229,7 @@ def _row(
     for score in scores
   ]
   comparable = baselines and all(
-    0 < value < math.inf for value in baselines.values()
+    value != 0 and math.isfinite(value) for value in baselines.values()
   )
   complete = all(baselines.keys() <= score.keys() for score in scores)
   changes = [

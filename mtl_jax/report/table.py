@@ -212,6 +212,8 @@ def _show(
     return '-'
   known = value.standard_error is not None
   spread = f'{scale * value.standard_error:.{decimals}f}' if known else '-'
+  if not math.isfinite(value.mean):
+    return f'{value.mean} ± {spread}'
   # Adding zero turns the -0.0 of a baseline compared with itself into 0.0.
   mean = round(scale * value.mean, decimals) + 0.0
   return f'{mean:{sign}.{decimals}f} ± {spread}'

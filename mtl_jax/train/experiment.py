@@ -109,9 +109,7 @@ class Experiment:
     return values
 
   def _evaluate(self, split, state):
-    sums = jax.device_put(
-      self.empty_sums, distributed.replicated(self.mesh)
-    )
+    sums = jax.device_put(self.empty_sums, distributed.replicated(self.mesh))
     for batch in pipeline.eval_batches(
       self.sources[split],
       batch_size=self.config.batch_size,

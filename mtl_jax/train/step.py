@@ -116,9 +116,11 @@ def make_train_step(
   Returns:
     A pure function `(state, batch) -> (state, metrics)`, to be jitted with the
     state donated. Every quantity in it is that of the whole batch, so that
-    under `jit` any sharding gives the same numbers. `metrics` are scalars: per
-    task `'<task>/loss'` and its metrics at the unperturbed parameters, and what
-    `mtl_jax.diagnostics` shows.
+    under `jit` any sharding gives the same numbers. `metrics` are scalars:
+    `'loss'`, the mean over the tasks that have labels in this batch; per task
+    `'<task>/loss'` and its metrics at the unperturbed parameters,
+    `'<task>/present'`, 1 if it has labels in this batch and 0 if not (its other
+    numbers mean nothing then); and what `mtl_jax.diagnostics` shows.
   """
   names = problem.task_names
 
@@ -155,9 +157,11 @@ def make_train_step(
       active=active,
       grad_fn=lambda task_params: at_each(task_params, batch)[1],
     )
+    present = active.astype(losses.dtype)
     metrics = {
-      'loss': jnp.mean(losses),
+      'loss': present @ losses / jnp.maximum(jnp.sum(present), 1),
       **{f'{task}/loss': losses[i] for i, task in enumerate(names)},
+      **{f'{task}/present': present[i] for i, task in enumerate(names)},
       **_finish(problem, sums),
       **_shown(opt_state, names),
     }

@@ -195,6 +195,11 @@ def flat_minima(
 
   def perturbed(partition, grads, params, count):
     """Task parameters: each task at its own worst point of the ball."""
+    # A task axis to meet that of the gradients: ranks are never promoted here.
+    params = [
+      p[None] if label == _labels.SHARED else p
+      for p, label in zip(params, partition.labels, strict=True)
+    ]
     scaled = grads
     if adaptive:
       scaled = [

@@ -242,9 +242,13 @@ def test_accelerators_get_the_native_operations(backend, monkeypatch):
 
 def test_initial_values_are_uniform_within_the_inverse_root_of_the_fan_in():
   x = jnp.zeros((1, 9, 9, 5))
-  conv = layers.conv(300, 4, bias_fan_in=80).init(jax.random.key(0), x)
-  dense = layers.dense(500, 80).init(jax.random.key(1), jnp.zeros((1, 80)))
-  for leaf in jax.tree.leaves((conv, dense)):
+  conv = jax.jit(layers.conv(300, 4, bias_fan_in=80).init)
+  dense = jax.jit(layers.dense(500, 80).init)
+  values = (
+    conv(jax.random.key(0), x),
+    dense(jax.random.key(1), jnp.zeros((1, 80))),
+  )
+  for leaf in jax.tree.leaves(values):
     bound = 80**-0.5
     assert np.abs(leaf).max() <= bound
     # The deviation of a uniform distribution; within five standard errors.

@@ -1,6 +1,5 @@
 """LeNet, ResNet and MLP against the architectures they are named after."""
 
-import itertools
 import math
 
 import jax
@@ -23,12 +22,13 @@ def _size(tree):
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def _spread(tree, seed):
-  """The tree with other values: biases and statistics start at 0 or 1."""
-  keys = map(jax.random.key, itertools.count(seed))
+def _values(variables, seed):
+  """Values for these shapes: variances are positive, nothing is 0 or 1."""
+  rng = np.random.default_rng(seed)
+  kernel = lambda s: rng.normal(size=s.shape) / math.prod(s.shape[:-1]) ** 0.5
+  other = lambda s: rng.uniform(0.5, 1.5, s.shape)
   return jax.tree.map(
-    lambda x: x + jax.random.uniform(next(keys), x.shape, minval=0, maxval=0.2),
-    tree,
+    lambda s: np.float32((kernel if len(s.shape) > 1 else other)(s)), variables
   )
 
 
@@ -57,7 +57,7 @@ def test_resnet18_has_the_parameters_of_its_layers():
 def test_lenet_is_its_layers_one_after_another():
   trunk = models.LeNet()
   image = np.random.default_rng(0).random((3, 36, 36, 1), np.float32)
-  variables = trunk.init(jax.random.key(0), image)
+  variables = _values(_shapes(trunk), seed=1)
   params = variables['params']
   x = image
   for name in ('conv_1', 'conv_2'):
@@ -71,13 +71,19 @@ def test_lenet_is_its_layers_one_after_another():
   )
 
 
+def test_image_too_small_for_lenet_is_an_error():
+  # 20 - 8 = 12, halved 6, 6 - 4 = 2, halved 1: the least that leaves a pixel.
+  assert _size(_shapes(models.LeNet(), (20, 20, 1))) == 5_840 + 20 * 50 + 50
+  with pytest.raises(ValueError, match=r'20x20, got \(36, 19\)'):
+    _shapes(models.LeNet(), (36, 19, 1))
+
+
 @pytest.fixture(scope='module')
 def small_resnet():
   """A ResNet of two stages, its variables and images of an uneven size."""
   trunk = models.ResNet(widths=(4, 6), blocks=(1, 2), features=5)
   image = np.random.default_rng(0).random((8, 22, 22, 1), np.float32)
-  variables = jax.jit(trunk.init)(jax.random.key(0), image)
-  return trunk, _spread(variables, 1), image
+  return trunk, _values(_shapes(trunk, image.shape[1:]), seed=1), image
 
 
 def _small_resnet_in_numpy(variables, x, norm):
@@ -198,7 +204,7 @@ def test_resnet_with_stages_that_do_not_match_is_an_error():
 def test_mlp_is_its_layers_one_after_another():
   trunk = models.MLP(widths=(7, 4))
   image = np.random.default_rng(0).random((3, 4, 5, 2), np.float32)
-  variables = trunk.init(jax.random.key(0), image)
+  variables = _values(_shapes(trunk, image.shape[1:]), seed=1)
   x = image.reshape(3, 40)
   for name in ('dense_1', 'dense_2'):
     x = numpy_layers.relu(numpy_layers.dense(x, variables['params'][name]))

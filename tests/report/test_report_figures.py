@@ -1,6 +1,5 @@
 """What the figures show, told by their axes, lines and labels."""
 
-from matplotlib import colors
 import numpy as np
 import pytest
 
@@ -220,11 +219,6 @@ def test_legends_do_not_cover_a_panel(summary):
     box = figure.legends[0].get_window_extent()
     for ax in figure.axes:
       assert not box.overlaps(ax.get_tightbbox())
-
-
-def test_colours_of_methods_differ_in_lightness_or_hue_from_the_background():
-  for colour in (*looks._COLOURS, *looks._CONTROL_COLOURS.values()):
-    assert np.mean(colors.to_rgb(colour)) < 0.75
 
 
 def test_a_summary_without_a_finished_run_cannot_be_drawn(make_run):

@@ -117,12 +117,10 @@ def test_state_may_be_donated_while_its_checkpoint_is_written(tmp_path, mesh):
     lambda workdir: _flip_a_bit(_arrays_file(workdir, 2)),
     lambda workdir: _arrays_file(workdir, 2).write_bytes(b''),
     lambda workdir: _arrays_file(workdir, 2).unlink(),
-    lambda workdir: (
-      workdir / 'checkpoints/2/arrays/_METADATA'
-    ).write_text('{'),
-    lambda workdir: (
-      workdir / 'checkpoints/2/info/metadata'
-    ).write_text('{'),
+    lambda workdir: (workdir / 'checkpoints/2/arrays/_METADATA').write_text(
+      '{'
+    ),
+    lambda workdir: (workdir / 'checkpoints/2/info/metadata').write_text('{'),
   ],
   ids=['bit', 'empty', 'gone', 'metadata', 'info'],
 )
@@ -154,7 +152,11 @@ def test_error_when_all_are_damaged_names_each_and_leaves_them(tmp_path, mesh):
 def test_error_for_another_structure_names_array_and_shapes(tmp_path, mesh):
   _save(tmp_path, mesh, [1, 2])
   other = _state(mesh, 0)
-  params = {**other.params, 'shared': {'w': jnp.zeros((5, 3))}, 'new': other.key}
+  params = {
+    **other.params,
+    'shared': {'w': jnp.zeros((5, 3))},
+    'new': other.key,
+  }
   with pytest.raises(
     ValueError,
     match=r'params/new is missing; params/shared/w is float32\[4,3\], expected '

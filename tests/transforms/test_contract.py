@@ -58,9 +58,7 @@ def test_update_has_shape_and_dtype_of_one_task_in_every_leaf(method):
   params = jax.tree.map(lambda g: g[0], task_grads)
   tx = method.make(range(2), num_tasks=2)
   losses = jnp.asarray(methods.LOSSES[:2], jnp.float32)
-  updates, _ = jax.jit(tx.update)(
-    task_grads, tx.init(params), params, losses=losses
-  )
+  updates, _ = tx.update(task_grads, tx.init(params), params, losses=losses)
   assert jax.tree.structure(updates) == jax.tree.structure(params)
   for update, param in zip(
     jax.tree.leaves(updates), jax.tree.leaves(params), strict=True
@@ -115,7 +113,7 @@ def test_state_shows_nothing_for_ever_without_num_tasks(method):
     assert state.task_weights is None
     assert mtl_jax.diagnostics(state) == {}
     assert len(jax.tree.leaves(state)) == (1 if method.random else 0)
-    _, state = jax.jit(tx.update)(
+    _, state = tx.update(
       jnp.asarray(methods.GOLDEN_MATRIX, jnp.float32), state, losses=losses
     )
 
@@ -155,16 +153,18 @@ def test_identical_tasks_are_one_gradient_at_the_scale_of_the_method(
 
 @pytest.mark.parametrize('method', ALL)
 def test_jit_equals_eager(method):
-  tx, _, _ = methods.compiled(method, range(3))
+  tx = methods.compiled(method, range(3)).tx
   jitted, jitted_state = methods.run(method, CONFLICTING)
-  eager, eager_state = tx.update(
-    jnp.asarray(CONFLICTING),
-    tx.init(jnp.zeros(5)),
-    losses=jnp.asarray(methods.LOSSES[:3], jnp.float32),
-  )
+  # Not even the bodies of loops are compiled.
+  with jax.disable_jit():
+    eager, eager_state = tx.update(
+      jnp.asarray(CONFLICTING),
+      tx.init(jnp.zeros(5)),
+      losses=jnp.asarray(methods.LOSSES[:3], jnp.float32),
+    )
   close(eager, jitted, CONFLICTING, 1e-6)
-  close(
-    eager_state.task_weights, jitted_state.task_weights, np.ones((1, 1)), 1e-5
+  np.testing.assert_allclose(
+    eager_state.task_weights, jitted_state.task_weights, atol=1e-5
   )
 
 
@@ -214,7 +214,9 @@ def test_one_typed_key_can_seed_two_states_that_are_both_donated(method):
   states = [tx.init(jnp.zeros(3)) for tx in pair]
   J = jnp.asarray(methods.GOLDEN_MATRIX, jnp.float32)
   step = jax.jit(
-    lambda states: [tx.update(J, s) for tx, s in zip(pair, states, strict=True)],
+    lambda states: [
+      tx.update(J, s) for tx, s in zip(pair, states, strict=True)
+    ],
     donate_argnums=0,
   )
   (_, first), (_, second) = step(states)
@@ -249,11 +251,10 @@ def test_chain_applies_the_rest_to_the_aggregated_update(method):
   J = jnp.asarray(methods.GOLDEN_MATRIX, jnp.float32)
   losses = jnp.asarray(methods.GOLDEN_LOSSES, jnp.float32)
   params = jnp.ones(3)
-  step = jax.jit(tx.update)
   state = tx.init(params)
   expected_state = rest.init(params)
   for factor in (1.0, -0.5):
-    updates, state = step(factor * J, state, params, losses=losses)
+    updates, state = tx.update(factor * J, state, params, losses=losses)
     aggregated, _ = methods.run(
       method, factor * J, losses=methods.GOLDEN_LOSSES
     )
@@ -330,7 +331,7 @@ def test_order_of_tasks_does_not_matter(method, order):
   expected, expected_state = methods.run(method, CONFLICTING)
   close(update, expected, J)
   np.testing.assert_allclose(
-    state.task_weights, expected_state.task_weights[list(order)], atol=1e-4
+    state.task_weights, expected_state.task_weights[np.array(order)], atol=1e-4
   )
 
 

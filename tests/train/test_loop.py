@@ -1,0 +1,403 @@
+"""Runs start, stop, die and go on; their numbers do not change by it."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+from jax.experimental.compilation_cache import (
+  compilation_cache as compilation_cache_module,
+)
+import numpy as np
+import pytest
+
+from configs import multi_digits
+from mtl_jax import problems
+from mtl_jax.train import checkpoint
+from mtl_jax.train import experiment as experiments
+from mtl_jax.train import loop
+from mtl_jax.train import step as steps
+from mtl_jax.train import stopping
+from mtl_jax.train import window as windows
+
+# 64 steps an epoch. Logs, checkpoints and epochs end at different steps.
+_LOG, _SAVE, _STOP = 5, 8, 37
+_TIMES = ('wall_time', 'train/steps_per_second')
+
+
+def _config(method='f_cagrad', **changes):
+  config = multi_digits.get_config(f'runlocal,method={method}')
+  config.log_every_steps = _LOG
+  config.checkpoint_every_steps = _SAVE
+  config.update(changes)
+  return config
+
+
+def _lines(workdir):
+  text = (workdir / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def _numbers(workdir):
+  """The log without times."""
+  return [
+    {name: x for name, x in line.items() if name not in _TIMES}
+    for line in _lines(workdir)
+  ]
+
+
+@functools.cache
+def _experiment():
+  return experiments.make_experiment(_config())
+
+
+def _final_state(workdir):
+  with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
+    state, _ = checkpoints.restore(_experiment().init())
+  return state
+
+
+def _assert_same_run(workdir, reference):
+  assert _numbers(workdir) == _numbers(reference)
+  for a, b in zip(
+    jax.tree.leaves(_final_state(workdir)),
+    jax.tree.leaves(_final_state(reference)),
+    strict=True,
+  ):
+    if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+      a, b = jax.random.key_data(a), jax.random.key_data(b)
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compilation_cache(tmp_path_factory):
+  """All runs of this file are one program: compile it once, for their speed."""
+  options = {
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('cache')),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+    for name, value in options.items():
+      patch.setenv(name.upper(), str(value))
+      stack.callback(jax.config.update, name, getattr(jax.config, name))
+      jax.config.update(name, value)
+    compilation_cache_module.reset_cache()
+    yield
+  compilation_cache_module.reset_cache()
+
+
+@pytest.fixture(scope='module')
+def compiled():
+  """What JAX said about compilations during the reference run."""
+  return []
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory, compiled):
+  """The directory of a run that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp('reference')
+
+  class Handler(logging.Handler):
+    def emit(self, record):
+      compiled.append(record.getMessage())
+
+  handler = Handler()
+  logging.getLogger('jax').addHandler(handler)
+  with jax.log_compiles():
+    loop.train(_config(), workdir)
+  logging.getLogger('jax').removeHandler(handler)
+  return workdir
+
+
+_KILLED = f"""
+import os, pathlib, signal, sys, time
+from mtl_jax.train import experiment
+from tests.train import test_loop
+
+batches = experiment.Experiment.train_batches
+workdir = pathlib.Path(sys.argv[1])
+
+def dying(self, start_step):
+  for step, batch in enumerate(batches(self, start_step), start_step + 1):
+    yield batch
+    if step == {_STOP}:
+      while not (workdir / 'checkpoints' / '{_STOP // _SAVE * _SAVE}').exists():
+        time.sleep(0.01)
+      os.kill(os.getpid(), signal.SIGKILL)
+
+experiment.Experiment.train_batches = dying
+test_loop.loop.train(test_loop._config(), workdir)
+"""
+
+
+@pytest.fixture(scope='module')
+def killed(tmp_path_factory):
+  """The directory of a run that was killed in the middle of an epoch."""
+  workdir = tmp_path_factory.mktemp('killed')
+  process = subprocess.run(
+    [sys.executable, '-c', _KILLED, str(workdir)],
+    cwd=pathlib.Path(__file__).parents[2],
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert process.returncode == -signal.SIGKILL, process.stderr
+  # The last line of a killed process can be half a line.
+  with (workdir / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 40, "epo')
+  return workdir
+
+
+def test_killed_run_ends_bit_for_bit_like_one_never_killed(
+  killed, reference, tmp_path
+):
+  workdir = pathlib.Path(shutil.copytree(killed, tmp_path / 'run'))
+  before = json.loads((workdir / 'run.json').read_text())
+  assert before['finished'] is None
+  metrics = loop.train(_config(), workdir)
+  _assert_same_run(workdir, reference)
+  after = json.loads((workdir / 'run.json').read_text())
+  assert after['started'] == before['started']
+  assert after['finished'] >= after['started']
+  last = _numbers(workdir)[-1]
+  assert metrics == {name: last[name] for name in metrics}
+  assert 'test/task_1/accuracy' in metrics
+
+
+@pytest.mark.filterwarnings(
+  # TensorStore's threads outlive the failed read.
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+def test_run_with_a_damaged_last_checkpoint_ends_the_same(
+  killed, reference, tmp_path
+):
+  workdir = pathlib.Path(shutil.copytree(killed, tmp_path / 'run'))
+  last = workdir / 'checkpoints' / str(_STOP // _SAVE * _SAVE)
+  for file in last.rglob('d/*'):
+    file.write_bytes(file.read_bytes()[:-1])
+  loop.train(_config(), workdir)
+  assert (workdir / 'damaged_checkpoints' / last.name).is_dir()
+  _assert_same_run(workdir, reference)
+
+
+def _raise_signal_at(monkeypatch, number, step):
+  batches = experiments.Experiment.train_batches
+
+  def signalling(self, start_step):
+    for i, batch in enumerate(batches(self, start_step), start_step + 1):
+      if i == step:
+        os.kill(os.getpid(), number)
+      yield batch
+
+  monkeypatch.setattr(experiments.Experiment, 'train_batches', signalling)
+
+
+@pytest.mark.parametrize('step', [_STOP, 64], ids=['middle', 'epoch'])
+def test_sigterm_saves_the_step_and_the_run_goes_on_from_it(
+  reference, tmp_path, monkeypatch, step
+):
+  handler = signal.getsignal(signal.SIGTERM)
+  with monkeypatch.context() as patch:
+    _raise_signal_at(patch, signal.SIGTERM, step)
+    with pytest.raises(
+      stopping.Interrupted, match=f'SIGTERM stopped the run after step {step}'
+    ):
+      loop.train(_config(), tmp_path)
+  assert signal.getsignal(signal.SIGTERM) is handler
+  assert (tmp_path / 'checkpoints' / str(step)).is_dir()
+  stopped_at = _lines(tmp_path)[-1]['wall_time']
+  loop.train(_config(), tmp_path)
+  _assert_same_run(tmp_path, reference)
+  times = [line['wall_time'] for line in _lines(tmp_path)]
+  assert times == sorted(times)
+  assert times[-1] > stopped_at
+
+
+def test_step_is_compiled_once_in_a_run(reference, compiled):
+  del reference
+  for name in ('step_and_add', 'eval_and_add'):
+    found = [m for m in compiled if m.startswith(f'Compiling jit({name})')]
+    assert len(found) == 1, found
+
+
+def test_finished_run_started_again_says_so_and_touches_nothing(
+  reference, caplog, monkeypatch
+):
+  def fail(config):
+    raise AssertionError('it set up the experiment')
+
+  monkeypatch.setattr(experiments, 'make_experiment', fail)
+  before = {p: p.stat().st_mtime_ns for p in reference.rglob('*')}
+  with caplog.at_level(logging.INFO, 'mtl_jax'):
+    metrics = loop.train(_config(), reference)
+  assert 'finished; nothing to do' in caplog.text
+  assert {p: p.stat().st_mtime_ns for p in reference.rglob('*')} == before
+  assert (
+    metrics['test/task_2/accuracy']
+    == (_lines(reference)[-1]['test/task_2/accuracy'])
+  )
+
+
+def test_workdir_of_another_config_is_refused_naming_the_key(reference):
+  config = _config()
+  config.optimizer.learning_rate = 0.5
+  with pytest.raises(
+    ValueError, match=r'optimizer.learning_rate: 0.001 there, 0.5 now'
+  ):
+    loop.train(config, reference)
+
+
+def test_overwrite_config_goes_on_with_the_other_config(reference, tmp_path):
+  workdir = pathlib.Path(shutil.copytree(reference, tmp_path / 'run'))
+  loop.train(_config(epochs=3), workdir, overwrite_config=True)
+  assert _numbers(workdir)[: len(_numbers(reference))] == _numbers(reference)
+  assert _lines(workdir)[-1]['step'] == 192
+  assert json.loads((workdir / 'config.json').read_text())['epochs'] == 3
+  with pytest.raises(ValueError, match=r'epochs is 1, .* is of step 192'):
+    loop.train(_config(epochs=1), workdir, overwrite_config=True)
+
+
+def test_log_has_the_promised_lines(reference):
+  lines = _lines(reference)
+  train = [line for line in lines if 'train/loss' in line]
+  evaluation = [line for line in lines if 'test/task_1/loss' in line]
+  assert len(train) + len(evaluation) == len(lines)
+  assert [line['step'] for line in train] == [*range(5, 128, 5), 128]
+  assert [line['step'] for line in evaluation] == [64, 128]
+  assert [line['epoch'] for line in evaluation] == [1.0, 2.0]
+  for line in train:
+    assert line.keys() >= {
+      'wall_time',
+      'train/conflict',
+      'train/flat/conflict',
+      'train/steps_per_second',
+      'train/task_1/loss',
+      'train/task_2/accuracy',
+      'train/task_1/gradient_norm',
+      'train/task_2/flat_gradient_norm',
+      'train/task_1/weight',
+      'train/task_2/flat_weight',
+    }
+    assert line['train/loss'] == pytest.approx(
+      (line['train/task_1/loss'] + line['train/task_2/loss']) / 2
+    )
+  for line in evaluation:
+    assert line.keys() == {'step', 'epoch', 'wall_time'} | {
+      f'{split}/{task}/{name}'
+      for split in ('validation', 'test')
+      for task in ('task_1', 'task_2')
+      for name in ('loss', 'accuracy')
+    }
+
+
+def test_train_line_is_the_mean_over_the_steps_since_the_line_before(reference):
+  experiment = _experiment()
+  state = experiment.init()
+  single = []
+  for batch in itertools.islice(experiment.train_batches(0), 2 * _LOG):
+    state = experiment.step(
+      state._replace(window=experiment.new_window()), batch
+    )
+    single.append(windows.means(jax.device_get(state.window)))
+  for line, part in zip(
+    _lines(reference), (single[:_LOG], single[_LOG:]), strict=False
+  ):
+    for name in part[0]:
+      assert line[f'train/{name}'] == pytest.approx(
+        np.mean([values[name] for values in part]), rel=1e-5, abs=1e-7
+      )
+
+
+def test_evaluation_is_that_of_the_saved_parameters_on_the_whole_split(
+  reference,
+):
+  experiment = _experiment()
+  train = _final_state(reference).train
+  for split in ('validation', 'test'):
+    source = experiment.sources[split]
+    batch = source.__getitems__(np.arange(len(source)))
+    sums = steps.make_eval_step(experiment.problem, experiment.model)(
+      train.params, train.model_state, batch
+    )
+    values = steps.finish_eval(experiment.problem, sums)
+    for name, value in values.items():
+      assert _lines(reference)[-1][f'{split}/{name}'] == pytest.approx(value)
+
+
+def test_run_record_says_what_the_report_needs(reference):
+  record = json.loads((reference / 'run.json').read_text())
+  assert record['problem'] == 'multi_digits'
+  assert record['method'] == 'f_cagrad'
+  assert record['tasks'] == ['task_1', 'task_2']
+  assert record['metrics'] == {
+    'task_1/accuracy': {'higher_is_better': True},
+    'task_2/accuracy': {'higher_is_better': True},
+  }
+  # 100 pixels to 16 to 8 features, and two heads of 10.
+  assert record['num_parameters'] == 101 * 16 + 17 * 8 + 2 * 9 * 10
+  assert record['steps'] == 128
+  assert record['num_devices'] == 8
+  assert record['versions']['jax'] == jax.__version__
+  assert record['wall_time_s'] >= _lines(reference)[-1]['wall_time']
+  assert record['compile_time_s'] > 0
+
+
+def test_loss_that_is_not_finite_stops_the_run_naming_task_and_step(
+  tmp_path, monkeypatch
+):
+  problem = problems.by_name('multi_digits')
+
+  def broken(prediction, label):
+    return problem.tasks[1].loss(prediction, label) * np.nan
+
+  tasks = (problem.tasks[0], dataclasses.replace(problem.tasks[1], loss=broken))
+  monkeypatch.setattr(
+    problems, 'by_name', lambda _: dataclasses.replace(problem, tasks=tasks)
+  )
+  with pytest.raises(
+    windows.NonFiniteLossError, match="of 'task_2' is not finite at step 1;"
+  ):
+    loop.train(_config('linear'), tmp_path)
+  # What there is has been written; the networks share a trunk, so that one
+  # bad loss spoils the other's parameters, a step later.
+  (line,) = _lines(tmp_path)
+  assert line['train/task_2/loss'] is None
+  assert line['train/task_2/accuracy'] is not None
+  assert not list((tmp_path / 'checkpoints').iterdir())
+
+
+def test_first_step_that_is_not_finite_is_the_one_named():
+  window = windows.empty(['a/loss', 'b/loss'], ['a', 'b'])
+  for step, (a, b) in enumerate([(1, 2), (1, np.inf), (np.nan, 1), (1, 1)], 1):
+    metrics = {'a/loss': np.float32(a), 'b/loss': np.float32(b)}
+    window = windows.add(window, metrics, np.int32(step))
+  with pytest.raises(
+    windows.NonFiniteLossError, match="loss of 'b' is not finite at step 2"
+  ):
+    windows.check_finite(jax.device_get(window))
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'message'),
+  [
+    ('batch_size', 12, 'batch_size must be a positive multiple of 8'),
+    ('epochs', 0, 'epochs must be positive, got 0'),
+    ('log_every_steps', 0, 'log_every_steps must be positive, got 0'),
+    ('problem', 'multi_digit', "'multi_digits'"),
+  ],
+)
+def test_value_out_of_range_is_named(tmp_path, name, value, message):
+  with pytest.raises(ValueError, match=message):
+    loop.train(_config(**{name: value}), tmp_path)
+  assert not list(tmp_path.iterdir())
