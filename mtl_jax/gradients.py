@@ -145,14 +145,13 @@ def task_grad(
 
     def pull_back(i):
       """Gradient of task i's loss alone: shared leaves and its own head."""
-      own = names[i]
-
-      def tangent(shared_dot, head_dot):
-        zero = jax.tree.map(jnp.zeros_like, heads)
-        return pull(shared_dot, {**zero, own: head_dot})[i]
-
-      transposed = jax.linear_transpose(tangent, shared, heads[own])
-      return transposed(jnp.ones_like(losses[i]))
+      # All tangents are arguments: numbers in the place of one, zeros included,
+      # would be computed with, and custom gradients refuse them.
+      transposed = jax.linear_transpose(
+        lambda *dots: pull(*dots)[i], shared, heads
+      )
+      shared_grad, head_grads = transposed(jnp.ones_like(losses[i]))
+      return shared_grad, head_grads[names[i]]
 
     if engine == 'unroll':
       grads = [pull_back(i) for i in range(size)]
@@ -162,20 +161,10 @@ def task_grad(
       own_heads = {task: g[1] for task, g in zip(names, grads, strict=True)}
     elif engine == 'vmap':
       transposed = jax.linear_transpose(
-        lambda dot: jnp.stack(pull(dot, jax.tree.map(jnp.zeros_like, heads))),
-        shared,
+        lambda *dots: jnp.stack(pull(*dots)), shared, heads
       )
-      stack = jax.vmap(transposed)(jnp.eye(size, dtype=losses[0].dtype))[0]
-      own_heads = {
-        task: jax.linear_transpose(
-          lambda dot, i=i, task=task: pull(
-            jax.tree.map(jnp.zeros_like, shared),
-            {**jax.tree.map(jnp.zeros_like, heads), task: dot},
-          )[i],
-          heads[task],
-        )(jnp.ones_like(losses[i]))[0]
-        for i, task in enumerate(names)
-      }
+      stack, _ = jax.vmap(transposed)(jnp.eye(size, dtype=losses[0].dtype))
+      own_heads = {task: pull_back(i)[1] for i, task in enumerate(names)}
     else:
       _, stack, own_heads = _scan_tasks(
         lambda i, _: (losses[i], *pull_back(i)), names, [], heads
@@ -261,7 +250,8 @@ def _as_scalars(losses: Any, names: tuple[str, ...]) -> tuple[jax.Array, ...]:
       raise ValueError(
         f'the loss of task {task!r} must be a scalar, got shape {loss.shape}'
       )
-  return scalars
+  dtype = jnp.result_type(*scalars)
+  return tuple(loss.astype(dtype) for loss in scalars)
 
 
 def _scan_tasks(
@@ -317,7 +307,8 @@ def _accumulated(task_grad_fns, names, param_labels, slices) -> TaskGrad:
     partition = _labels.Partition(param_labels, params, names)
     cut = jax.tree.map(lambda x: _cut(x, slices), batch)
     counts = _label_counts(cut, names, slices)
-    weights = counts / jnp.maximum(jnp.sum(counts, axis=0), 1)
+    total = jnp.sum(counts, axis=0, keepdims=True)
+    weights = counts / jnp.maximum(total, 1)
 
     def weigh(weight, grads):
       scaled = [

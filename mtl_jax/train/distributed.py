@@ -46,6 +46,9 @@ def initialize(
     raise ValueError(
       f'num_processes is {num_processes}, but JAX sees {jax.process_count()}'
     )
+  # Processes find each other at the first exchange, for which Gloo (on CPU)
+  # waits 30 s; from then on they may wait as long as preparing data takes.
+  wait_for_all('all processes have started')
 
 
 def make_mesh(devices: Any = None) -> jax.sharding.Mesh:

@@ -5,12 +5,10 @@ checkpoint is never ahead of the log, and a run that starts again cuts the log
 back to its checkpoint and goes on as if it had never stopped.
 """
 
-from collections.abc import Iterator
 import contextlib
 import logging
 import os
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -55,6 +53,11 @@ def train(
     NonFiniteLossError: if a loss is not finite; names task and step.
     Interrupted: after a signal, when all is saved.
   """
+  if '://' in str(workdir):
+    raise ValueError(
+      f'workdir must be a folder of a mounted file system, got {workdir!r}; a '
+      'bucket can be mounted, with gcsfuse for example'
+    )
   with jax.default_matmul_precision(config.precision):
     return _train(config, pathlib.Path(workdir), overwrite_config)
 
@@ -100,7 +103,7 @@ class _Run:
     self._state, info = restored or (fresh, _AT_START)
     self._step = info['step']
     self._evaluated = info['evaluated']
-    self._clock = _Clock(info['wall_time_s'])
+    self._clock = progress.Clock(info['wall_time_s'])
     if self._step > experiment.total_steps:
       raise ValueError(
         f'epochs is {self._config.epochs}, which ends at step '
@@ -277,30 +280,6 @@ class _Run:
 
 # What a checkpoint would say of a run that has taken no step.
 _AT_START: dict[str, Any] = {'step': 0, 'wall_time_s': 0.0, 'evaluated': True}
-
-
-class _Clock:
-  """Seconds of training, without evaluations, checkpoints and compilation."""
-
-  def __init__(self, seconds: float):
-    self._seconds = seconds
-    self._since: float | None = None
-
-  @property
-  def seconds(self) -> float:
-    running = 0.0 if self._since is None else time.perf_counter() - self._since
-    return self._seconds + running
-
-  def start(self) -> None:
-    self._since = time.perf_counter()
-
-  @contextlib.contextmanager
-  def paused(self, state: Any) -> Iterator[None]:
-    """Stands still from when `state` is computed until the end of the body."""
-    jax.block_until_ready(state)
-    self._seconds, self._since = self.seconds, None
-    yield
-    self.start()
 
 
 def _last_evaluation(lines):

@@ -1,9 +1,13 @@
-"""How far a run is: a bar on a terminal, a line now and then elsewhere."""
+"""How far a run is, shown as a bar or a line now and then, and its clock."""
 
+from collections.abc import Iterator
+import contextlib
 import logging
 import sys
 import time
+from typing import Any
 
+import jax
 from rich import progress
 
 _logger = logging.getLogger(__name__)
@@ -73,3 +77,30 @@ class Progress:
       self._bar.console.print(text, highlight=False)
     elif self._show:
       _logger.info('%s', text)
+
+
+class Clock:
+  """Seconds of training, without what it stands still for."""
+
+  def __init__(self, seconds: float = 0.0):
+    """Stands at `seconds` until it is started."""
+    self._seconds = seconds
+    self._since: float | None = None
+
+  @property
+  def seconds(self) -> float:
+    """Seconds it has run."""
+    running = 0.0 if self._since is None else time.perf_counter() - self._since
+    return self._seconds + running
+
+  def start(self) -> None:
+    """Lets it run."""
+    self._since = time.perf_counter()
+
+  @contextlib.contextmanager
+  def paused(self, state: Any) -> Iterator[None]:
+    """Stands still from when `state` is computed until the body ends."""
+    jax.block_until_ready(state)
+    self._seconds, self._since = self.seconds, None
+    yield
+    self.start()

@@ -6,6 +6,7 @@ it takes what it needs of them, and `jit` drops the rest.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from mtl_jax import gradients
 from mtl_jax import losses
 from mtl_jax import transforms
 from mtl_jax import types
+from mtl_jax.metrics import averages
 
 # Diagnostics of a task gradient aggregation, by the name they are logged under.
 _SCALARS = {
@@ -189,22 +191,12 @@ def make_eval_step(
     A pure function `(params, model_state, batch) -> sums`; a tree of arrays to
     be added up over the batches of a split and given to `finish_eval`.
   """
+  with_loss = _with_loss(problem)
 
   def step(params, model_state, batch):
     batch = problem.preprocess(batch)
     predictions, _ = model.apply(params, model_state, batch, train=False)
-    loss_sums = {}
-    for task in problem.tasks:
-      mask = batch['mask'][task.name]
-      each = task.loss(predictions[task.name], batch['labels'][task.name])
-      loss_sums[task.name] = {
-        'sum': jnp.sum(jnp.where(mask > 0, each, 0)),
-        'count': jnp.sum(mask),
-      }
-    return {
-      'loss': loss_sums,
-      'metrics': _metric_sums(problem, predictions, batch),
-    }
+    return _metric_sums(with_loss, predictions, batch)
 
   return step
 
@@ -217,14 +209,28 @@ def finish_eval(problem: types.Problem, sums: Any) -> dict[str, float]:
     sums: what the evaluation step returned, added up over all batches.
 
   Returns:
-    `{'<task>/loss': mean loss, '<task>/<metric>': value}`.
+    `{'<task>/loss': mean loss, '<task>/<metric>': value}`; NaN for a task
+    without a label in the split.
   """
-  means = {
-    f'{task}/loss': part['sum'] / jnp.maximum(part['count'], 1)
-    for task, part in sums['loss'].items()
-  }
-  values = {**means, **_finish(problem, sums['metrics'])}
+  values = _finish(_with_loss(problem), sums)
   return {name: float(value) for name, value in values.items()}
+
+
+def _with_loss(problem):
+  """The problem with the loss of each task as its first metric."""
+  return dataclasses.replace(
+    problem,
+    tasks=tuple(
+      dataclasses.replace(
+        task,
+        metrics=(
+          averages.average('loss', task.loss, higher_is_better=False),
+          *task.metrics,
+        ),
+      )
+      for task in problem.tasks
+    ),
+  )
 
 
 def _metric_sums(problem, predictions, batch):

@@ -99,3 +99,17 @@ def test_masked_loss_of_classes_ignores_nan_logits_of_absent_rows():
 def test_mask_that_would_broadcast_is_an_error(shape):
   with pytest.raises(ValueError, match='mask'):
     losses.masked_mean(jnp.zeros(4), jnp.ones(shape))
+
+
+def test_loss_never_sees_what_has_no_label():
+  # So that a search for NaN (`jax_debug_nans`) finds only real ones.
+  seen = []
+
+  def loss(prediction, label):
+    seen.extend([prediction, label])
+    return _squared(prediction, label)
+
+  bad = jnp.array([1.0, jnp.nan, 2.0, jnp.inf])
+  losses.masked_loss(loss, bad, bad, _MASK)
+  for array in seen:
+    np.testing.assert_array_equal(array, [1.0, 0.0, 2.0, 0.0])

@@ -29,7 +29,7 @@ def _state(mesh, seed):
   rng = np.random.default_rng(seed)
   state = _State(
     params={
-      'shared': {'w': jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)},
+      'shared': {'w': jnp.asarray(rng.normal(size=(400, 30)), jnp.float32)},
       'heads': {'a': jnp.asarray(rng.normal(size=3), jnp.bfloat16)},
       'none': None,
     },
@@ -111,6 +111,8 @@ def test_state_may_be_donated_while_its_checkpoint_is_written(tmp_path, mesh):
   _same(restored, _state(mesh, 5))
 
 
+# TensorStore's threads outlive a read that failed.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize(
   'damage',
   [
@@ -144,7 +146,10 @@ def test_error_when_all_are_damaged_names_each_and_leaves_them(tmp_path, mesh):
   _save(tmp_path, mesh, [1, 2])
   for step in (1, 2):
     _flip_a_bit(_arrays_file(tmp_path, step))
-  with pytest.raises(ValueError, match=r'none of.*\n  2: .*\n  1: .*checksum'):
+  with pytest.raises(
+    ValueError,
+    match=r'none of.*\n  2: OSError: wrong checksum of params/shared/w\n  1: ',
+  ):
     _restore(tmp_path, _state(mesh, 0))
   assert (tmp_path / 'checkpoints' / '2').is_dir()
 
@@ -159,8 +164,8 @@ def test_error_for_another_structure_names_array_and_shapes(tmp_path, mesh):
   }
   with pytest.raises(
     ValueError,
-    match=r'params/new is missing; params/shared/w is float32\[4,3\], expected '
-    r'float32\[5,3\]',
+    match=r'params/new is missing; params/shared/w is float32\[400,30\], '
+    r'expected float32\[5,3\]',
   ):
     _restore(tmp_path, other._replace(params=params))
 

@@ -401,3 +401,12 @@ def test_value_out_of_range_is_named(tmp_path, name, value, message):
   with pytest.raises(ValueError, match=message):
     loop.train(_config(**{name: value}), tmp_path)
   assert not list(tmp_path.iterdir())
+
+
+def test_workdir_that_is_no_folder_is_refused(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(
+    ValueError, match="workdir must be a folder.*'gs://b/run'"
+  ):
+    loop.train(_config(), 'gs://b/run')
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,127 @@
+"""Configs say what they stand for, and wrong words get the right ones."""
+
+import pathlib
+
+import pytest
+
+from configs import common
+from configs import methods
+from configs import multi_digits
+from configs import multi_mnist
+from mtl_jax import models
+from mtl_jax import problems
+from mtl_jax import transforms
+from mtl_jax.train import optimizer
+
+_CONFIGS = {'multi_digits': multi_digits, 'multi_mnist': multi_mnist}
+_NAMES = [*methods.METHODS, *(f'f_{name}' for name in methods.METHODS)]
+
+
+@pytest.mark.parametrize('name', _NAMES)
+@pytest.mark.parametrize('config', _CONFIGS)
+def test_every_method_of_every_config_can_be_built(config, name):
+  values = _CONFIGS[config].get_config(f'method={name}')
+  tasks = problems.by_name(values.problem).task_names
+  tx = optimizer.make_tx(values, tasks, total_steps=10)
+  assert tx.init({'shared': {}, 'heads': {task: {} for task in tasks}})
+  assert (values.method.flat is not None) == name.startswith('f_')
+  assert values.method.name == name
+
+
+def test_every_aggregator_of_the_package_has_an_entry():
+  # Factories whose first words are methods of the literature.
+  methods_in_package = {
+    name
+    for name in transforms.__all__
+    if name.islower()
+    and name
+    not in ('default_labels', 'diagnostics', 'flat_minima', 'from_gram')
+    and name != 'shared_only'
+  }
+  assert methods_in_package == {
+    values['aggregator'] for values in methods.METHODS.values()
+  }
+
+
+@pytest.mark.parametrize('config', _CONFIGS)
+def test_networks_are_separate_for_single_task_methods_only(config):
+  for name in _NAMES:
+    sharing = _CONFIGS[config].get_config(f'method={name}').model.sharing
+    assert sharing == ('separate' if name in ('stl', 'f_stl') else 'shared')
+
+
+def test_multi_mnist_has_the_values_of_the_papers_scripts():
+  config = multi_mnist.get_config('method=f_cagrad')
+  assert config.model.name == 'resnet18'
+  assert config.optimizer.learning_rate == 1e-3
+  assert (config.batch_size, config.epochs) == (256, 200)
+  assert config.method.kwargs.c == 0.4
+  flat = config.method.flat
+  assert (flat.rho, flat.adaptive, flat.norm) == (2.0, True, 'joint')
+
+
+@pytest.mark.parametrize(
+  'argument',
+  [
+    *('dataset=multi_fashion', 'dataset=multi_fashion_and_mnist'),
+    *('model=lenet', 'runlocal', 'model=lenet,runlocal'),
+  ],
+)
+def test_variants_of_multi_mnist_name_problems_and_models_there_are(argument):
+  config = multi_mnist.get_config(argument)
+  assert problems.by_name(config.problem).name == config.problem
+  models.by_name(config.model.name, **config.model.kwargs)
+  if 'dataset' in argument:
+    assert config.problem == argument.removeprefix('dataset=')
+  if 'model' in argument:
+    assert config.model.name == 'lenet'
+
+
+@pytest.mark.parametrize('config', _CONFIGS)
+def test_runlocal_needs_no_data_and_few_steps(config):
+  values = _CONFIGS[config].get_config('runlocal')
+  problem = problems.by_name(values.problem)
+  source = problem.load('train', kind=values.data.kind)
+  assert values.data.kind == 'synthetic'
+  assert values.epochs * len(source) // values.batch_size <= 200
+
+
+@pytest.mark.parametrize(
+  ('get_config', 'argument', 'message'),
+  [
+    (multi_digits, 'method=cagard', "'cagard'.*did you mean 'cagrad'"),
+    (multi_digits, 'method=f_linaer', "did you mean 'f_linear'"),
+    (multi_digits, 'sed=1', "argument 'sed'.*did you mean 'seed'"),
+    (multi_digits, 'seed=x', "'seed' must be an integer, got 'x'"),
+    (multi_digits, 'runlocal=2', "'runlocal' is true or false, got '2'"),
+    (multi_digits, 'seed=1,seed=2', "'seed' is given twice"),
+    (multi_mnist, 'dataset=mnist', "did you mean 'multi_mnist'"),
+    (multi_mnist, 'model=resnet', "did you mean 'resnet18'"),
+  ],
+)
+def test_wrong_argument_is_an_error_with_the_nearest_names(
+  get_config, argument, message
+):
+  with pytest.raises(ValueError, match=message):
+    get_config.get_config(argument)
+
+
+def test_arguments_have_the_type_of_their_defaults():
+  args = common.parse_arguments(
+    'a=3,b=0.5, c=x,d', a=1, b=1.0, c='', d=False, e='kept'
+  )
+  assert args.to_dict() == {'a': 3, 'b': 0.5, 'c': 'x', 'd': True, 'e': 'kept'}
+
+
+def test_key_that_is_not_there_cannot_be_set():
+  config = multi_digits.get_config()
+  with pytest.raises(AttributeError, match='epochs'):
+    config.epoch = 3
+
+
+@pytest.mark.parametrize('config', _CONFIGS)
+def test_config_starts_with_what_it_stands_for(config):
+  text = pathlib.Path(_CONFIGS[config].__file__).read_text()
+  head = text.split('"""')[1]
+  for word in ('Stands for:', 'Command:', 'Hardware:', 'Time:', 'Expected'):
+    assert word in head

@@ -1,0 +1,107 @@
+"""What the compiled programs compute, and that they compute nothing more."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mtl_jax
+
+BATCH, INPUTS, HIDDEN, OUTPUTS = 16, 32, 64, 128
+NAMES = tuple(f'task_{i}' for i in range(4))
+SIZE = len(NAMES)
+
+PARAMS = {
+  'shared': {
+    'first': jnp.ones((INPUTS, HIDDEN)),
+    'second': jnp.ones((HIDDEN, HIDDEN)),
+  },
+  'heads': {task: jnp.ones((HIDDEN, OUTPUTS)) for task in NAMES},
+}
+IMAGE = jnp.ones((BATCH, INPUTS))
+
+# Multiplications and additions of the matrix products. The inputs' gradient of
+# the first layer is not needed.
+FIRST = 2 * BATCH * INPUTS * HIDDEN
+SECOND = 2 * BATCH * HIDDEN * HIDDEN
+HEAD = 2 * BATCH * HIDDEN * OUTPUTS
+FORWARD = FIRST + SECOND
+BACKWARD = FIRST + 2 * SECOND
+
+
+def loss_fn(params, image):
+  hidden = jax.nn.relu(image @ params['shared']['first'])
+  hidden = jax.nn.relu(hidden @ params['shared']['second'])
+  return {
+    task: jnp.mean((hidden @ params['heads'][task]) ** 2) for task in NAMES
+  }
+
+
+def flops(fn, *args):
+  """Of the compiled program, the elementwise work included."""
+  return jax.jit(fn).lower(*args).compile().cost_analysis()['flops']
+
+
+def own_parameters():
+  # Rows of equal numbers would not do: they could be computed once.
+  rows = lambda x: jnp.stack([x * (1 + i) for i in range(SIZE)])
+  return {**PARAMS, 'shared': jax.tree.map(rows, PARAMS['shared'])}
+
+
+# Elementwise work is a few per cent here; the head of one other task, a quarter
+# of the heads' part, would be far more.
+CLOSE = 0.06
+
+
+def test_at_runs_one_forward_pass_and_a_pull_back_a_task_of_its_own_head():
+  cost = flops(mtl_jax.task_grad(loss_fn, NAMES).at, PARAMS, IMAGE)
+  expected = FORWARD + SIZE * HEAD + SIZE * (BACKWARD + 2 * HEAD)
+  assert cost == pytest.approx(expected, rel=CLOSE)
+
+
+def test_at_each_runs_a_forward_and_a_pull_back_a_task_of_its_own_head():
+  cost = flops(
+    mtl_jax.task_grad(loss_fn, NAMES).at_each, own_parameters(), IMAGE
+  )
+  expected = SIZE * (FORWARD + HEAD + BACKWARD + 2 * HEAD)
+  assert cost == pytest.approx(expected, rel=CLOSE)
+
+
+def test_one_vector_of_losses_pulled_back_computes_heads_of_other_tasks():
+  """The trap that 'unroll' avoids; without it the engine could be simpler."""
+
+  def at(params, image):
+    def stacked(params):
+      losses = loss_fn(params, image)
+      return jnp.stack([losses[task] for task in NAMES])
+
+    losses, pull = jax.vjp(stacked, params)
+    return losses, [pull(row)[0] for row in jnp.eye(SIZE)]
+
+  cost = flops(at, PARAMS, IMAGE)
+  expected = FORWARD + SIZE * HEAD + SIZE * (BACKWARD + 2 * HEAD)
+  assert cost > (1 + CLOSE) * expected
+
+
+def test_aux_costs_no_second_forward_pass():
+  def with_aux(params, image):
+    hidden = jax.nn.relu(image @ params['shared']['first'])
+    return loss_fn(params, image), jnp.mean(hidden, axis=0)
+
+  plain = flops(mtl_jax.task_grad(loss_fn, NAMES).at, PARAMS, IMAGE)
+  cost = flops(
+    mtl_jax.task_grad(with_aux, NAMES, has_aux=True).at, PARAMS, IMAGE
+  )
+  assert cost == pytest.approx(plain, rel=0.01)
+
+
+def test_a_frozen_leaf_costs_no_gradient():
+  labels = {
+    'shared': {'first': 'frozen', 'second': 'shared'},
+    'heads': {task: task for task in NAMES},
+  }
+  cost = flops(
+    mtl_jax.task_grad(loss_fn, NAMES, param_labels=labels).at, PARAMS, IMAGE
+  )
+  # Nothing is pulled back below the second layer.
+  expected = FORWARD + SIZE * HEAD + SIZE * (SECOND + 2 * HEAD)
+  assert cost == pytest.approx(expected, rel=CLOSE)

@@ -1,0 +1,100 @@
+"""What the command line refuses, and how it ends."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mtl_jax import main
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_CONFIG = str(_ROOT / 'configs' / 'multi_digits.py')
+
+
+def test_override_replaces_the_value_in_its_type():
+  config = main.load_config(
+    f'{_CONFIG}:method=cagrad,seed=3',
+    [
+      '--config.optimizer.learning_rate=1',
+      '--config.optimizer.clip=2',
+      '--config.model.kwargs.widths=(8, 4)',
+      '--config.data.data_dir=/data',
+    ],
+  )
+  assert config.seed == 3
+  assert config.method.name == 'cagrad'
+  assert repr(config.optimizer.learning_rate) == '1.0'
+  assert repr(config.optimizer.clip) == '2.0'
+  assert config.model.kwargs.widths == (8, 4)
+  assert config.data.data_dir == '/data'
+
+
+@pytest.mark.parametrize(
+  ('override', 'message'),
+  [
+    ('--config.epchs=3', "'epchs': config has.*did you mean 'epochs'"),
+    (
+      '--config.optimizer.learning_rat=3',
+      "config.optimizer has.*did you mean 'learning_rate'",
+    ),
+    ('--config.method.flat.rho=1', 'config.method.flat has no keys'),
+    ('--config.epochs=many', 'many'),
+  ],
+)
+def test_wrong_override_is_an_error_with_the_nearest_keys(override, message):
+  with pytest.raises(ValueError, match=message):
+    main.load_config(f'{_CONFIG}:method=cagrad', [override])
+
+
+def test_config_file_that_is_not_there_is_named():
+  with pytest.raises(ValueError, match=r"got 'configs/nowhere\.py'"):
+    main.load_config('configs/nowhere.py:seed=1')
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ([f'--config={_CONFIG}:method=cagard'], "did you mean 'cagrad'"),
+    ([f'--config={_CONFIG}', '--config.sed', '1'], "did you mean 'seed'"),
+  ],
+)
+def test_mistake_on_the_command_line_ends_with_one_plain_message(
+  arguments, message
+):
+  with pytest.raises(SystemExit, match=message) as error:
+    main.parse_flags(['main', '--workdir=unused', *arguments])
+  assert str(error.value).startswith('error: ')
+
+
+def test_ctrl_c_saves_and_ends_with_its_own_status_and_a_message(tmp_path):
+  process = subprocess.Popen(
+    [
+      *(sys.executable, '-m', 'mtl_jax.main', f'--workdir={tmp_path}'),
+      *(f'--config={_CONFIG}:runlocal,method=linear', '--config.epochs=100000'),
+      '--config.checkpoint_every_steps=1000000',
+    ],
+    cwd=_ROOT,
+    env={**os.environ, 'XLA_FLAGS': ''},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    log = tmp_path / 'metrics.jsonl'
+    while process.poll() is None and not (log.exists() and log.read_text()):
+      time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+  finally:
+    process.kill()
+  assert process.returncode == main.EXIT_INTERRUPTED, errors
+  assert 'SIGINT stopped the run after step' in errors
+  assert 'the same command goes on' in errors
+  (saved,) = (tmp_path / 'checkpoints').iterdir()
+  last = json.loads(log.read_text().splitlines()[-1])
+  assert last['step'] <= int(saved.name) < last['step'] + 5
