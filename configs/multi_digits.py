@@ -23,14 +23,14 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
   )
   config = common.make_config(
     problem='multi_digits',
-    method=methods.entry(args.method, rho=0.05),
+    method=methods.entry(args.method, rho=0.2),
     model='mlp',
-    model_kwargs={'widths': (128, 64), 'dropout': 0.0},
+    model_kwargs={'widths': (256, 128), 'dropout': 0.0},
     seed=args.seed,
   )
   config.batch_size = 128
-  config.epochs = 30
-  config.eval_every_epochs = 2
+  config.epochs = 60
+  config.eval_every_epochs = 4
   config.log_every_steps = 37
   if args.runlocal:
     common.run_local(config, widths=(16, 8))

@@ -2,10 +2,11 @@
 # Trains on every worker of a TPU VM slice. Run it where gcloud is logged in:
 #
 #   TPU=my-slice ZONE=europe-west4-b bash launch/tpu_vm.sh \
-#     --config=configs/multi_mnist.py:method=f_cagrad --workdir=gs://BUCKET/run
+#     --config=configs/multi_mnist.py:method=f_cagrad --workdir=/mnt/shared/run
 #
-# The repository must lie in ~/mtl_jax on every worker; the arguments go to
-# mtl_jax.main. A slice is one jax job: the command has to start on all workers
+# The repository must lie in ~/mtl_jax on every worker, and the workdir in a
+# folder that all workers see (a Filestore share, or a bucket mounted with
+# gcsfuse); the arguments go to mtl_jax.main. A slice is one jax job: the command has to start on all workers
 # (--worker=all), or the ones that did start wait for the others until the
 # initialisation times out.
 set -euo pipefail

@@ -47,9 +47,9 @@ def own_parameters():
   return {**PARAMS, 'shared': jax.tree.map(rows, PARAMS['shared'])}
 
 
-# Elementwise work is a few per cent here; the head of one other task, a quarter
+# Elementwise work is about one per cent here; the head of one other task, a quarter
 # of the heads' part, would be far more.
-CLOSE = 0.06
+CLOSE = 0.02
 
 
 def test_at_runs_one_forward_pass_and_a_pull_back_a_task_of_its_own_head():

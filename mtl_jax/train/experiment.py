@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import dataclasses
+import logging
 import time
 from typing import Any
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from mtl_jax.train import distributed
 from mtl_jax.train import optimizer
 from mtl_jax.train import step as steps
 from mtl_jax.train import window as windows
+
+_logger = logging.getLogger(__name__)
 
 
 class LoopState(NamedTuple):
@@ -223,6 +226,7 @@ def _load(problem, data):
   splits = ['train', 'validation', 'test']
   if data.split == 'paper':
     splits.remove('validation')
+  _logger.info('Loading %s; the first time it is prepared.', problem.name)
   with distributed.process_zero_first('data are prepared'):
     if data.kind == 'real' and problem.name in multi_mnist.NAMES:
       prepare.prepare(problem.name, data.data_dir, data.source_dir)

@@ -65,7 +65,7 @@ class Axes(NamedTuple):
     if self.axis_name is None:
       return tree
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-      if not self._varies(leaf):
+      if self._replicated(leaf):
         raise ValueError(
           f'the gradient at {jax.tree_util.keystr(path) or "the root"} does '
           f'not vary over axis_name={self.axis_name!r}: under '
@@ -79,35 +79,38 @@ class Axes(NamedTuple):
 
   def average_losses(self, losses: jax.Array | None) -> jax.Array | None:
     """Like `average`; losses that are global already are left alone."""
-    if losses is None or self.axis_name is None or not self._varies(losses):
+    if losses is None or self.axis_name is None or self._replicated(losses):
       return losses
     reduce = jax.lax.pmean if self.reduce == 'mean' else jax.lax.psum
     return reduce(losses, self.axis_name)
 
   def replicate(self, tree: Any) -> Any:
     """Marks parameters as the replica's own, so that gradients stay local."""
-    if self.axis_name is None or not self._checked():
+    if self.axis_name is None:
       return tree
-    return jax.tree.map(
-      lambda x: (
-        x if self._varies(x) else jax.lax.pcast(x, self.axis_name, to='varying')
-      ),
-      tree,
-    )
+
+    def mark(x):
+      axes = self._replicated(x)
+      return jax.lax.pcast(x, tuple(axes), to='varying') if axes else x
+
+    return jax.tree.map(mark, tree)
 
   def sum_shards(self, x: jax.Array) -> jax.Array:
     """Sums inner products of shards into those of whole parameters."""
     return x if self.shard_axis is None else jax.lax.psum(x, self.shard_axis)
 
-  def _checked(self) -> bool:
-    # An axis index varies over its axis by definition, so its type tells
-    # whether types are tracked here at all (they are not under pmap and
+  def _replicated(self, x: Any) -> frozenset[Hashable]:
+    """The axes of `axis_name` over which `x` is known to be the same."""
+    # An axis index varies over its axes by definition, so its type tells which
+    # of them are tracked here at all (none under pmap and
     # shard_map(check_vma=False)).
     index = jax.lax.axis_index(self.axis_name)
-    return self.axis_name in getattr(jax.typeof(index), 'vma', ())
+    return _varying(index) - _varying(x)
 
-  def _varies(self, x: Any) -> bool:
-    return not self._checked() or self.axis_name in jax.typeof(x).vma
+
+def _varying(x: Any) -> frozenset[Hashable]:
+  """The mapped axes over which the type of a value says that it varies."""
+  return jax.typeof(x).manual_axis_type.varying
 
 
 class Aggregator(aggregating.Aggregator):

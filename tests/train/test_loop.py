@@ -406,7 +406,7 @@ def test_value_out_of_range_is_named(tmp_path, name, value, message):
 def test_workdir_that_is_no_folder_is_refused(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(
-    ValueError, match="workdir must be a folder.*'gs://b/run'"
+    ValueError, match=r"workdir must be a folder.*'gs://b/run'"
   ):
     loop.train(_config(), 'gs://b/run')
   assert not list(tmp_path.iterdir())

@@ -1,0 +1,303 @@
+"""Eight devices with a part of the batch each give the update of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import methods
+import numpy as np
+import pytest
+
+import mtl_jax
+
+DEVICES = 8
+ROWS = 2 * DEVICES
+NAMES = ('shape', 'colour', 'absent', 'depth')
+INPUTS, HIDDEN = 4, 6
+
+# The first row of each factory. All of them go into one program a place, for
+# compiling is what these tests cost.
+METHODS = {
+  m.name: m for m in {m.factory: m for m in reversed(methods.METHODS)}.values()
+}
+
+
+def flat(method, **options):
+  return mtl_jax.flat_minima(method, NAMES, rho=0.3, rho_heads=0.6, **options)
+
+
+# What is made of a method; the axes are told to the method alone.
+KINDS = {
+  'plain': lambda method: mtl_jax.shared_only(method, NAMES),
+  'flat': flat,
+  'flat asam': functools.partial(
+    flat, norm='joint', adaptive=True, combine='direct'
+  ),
+}
+CASES = [
+  *((name, kind) for name in METHODS for kind in ('plain', 'flat')),
+  ('linear', 'flat asam'),
+]
+
+
+def make():
+  """Parameters, and a batch in which every device has as many labels."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  params = {
+    'shared': {'kernel': draw(INPUTS, HIDDEN), 'bias': draw(1, HIDDEN)},
+    'heads': {task: draw(HIDDEN) for task in NAMES},
+  }
+  every_other = jnp.tile(jnp.array([0.0, 1.0]), DEVICES)
+  mask = dict.fromkeys(NAMES, jnp.ones(ROWS))
+  mask |= {'colour': every_other, 'absent': jnp.zeros(ROWS)}
+  batch = {
+    'image': draw(ROWS, INPUTS),
+    'labels': {task: draw(ROWS) for task in NAMES},
+    'mask': mask,
+  }
+  return params, batch
+
+
+PARAMS, BATCH = make()
+
+
+def step(params, batch, *, mark=lambda params: params, **axes):
+  """Updates and what the state shows, of every case.
+
+  Args:
+    params: replicated.
+    batch: the rows of this replica, or all of them.
+    mark: what is done to the parameters before they are differentiated.
+    **axes: of the method.
+  """
+  counts = {task: jnp.sum(mask) for task, mask in batch['mask'].items()}
+  axis = axes.get('axis_name')
+  everywhere = counts if axis is None else jax.lax.psum(counts, axis)
+  # Sums of replicas make a mean where each divides by all labels.
+  divisors = everywhere if axes.get('reduce') == 'sum' else counts
+
+  def loss_fn(params, batch):
+    hidden = jnp.tanh(
+      batch['image'] @ params['shared']['kernel'] + params['shared']['bias']
+    )
+    return {
+      task: jnp.sum(
+        batch['mask'][task]
+        * (hidden @ params['heads'][task] - batch['labels'][task]) ** 2
+      )
+      / jnp.maximum(divisors[task], 1)
+      for task in NAMES
+    }
+
+  at, at_each = mtl_jax.task_grad(loss_fn, NAMES)
+  (losses, _), task_grads = at(mark(params), batch)
+  active = jnp.stack([everywhere[task] for task in NAMES]) > 0
+  found = {}
+  for name, kind in CASES:
+    method = METHODS[name].make(range(len(NAMES)), num_tasks=len(NAMES), **axes)
+    tx = KINDS[kind](method)
+    updates, state = tx.update(
+      task_grads,
+      tx.init(params),
+      params,
+      losses=losses,
+      active=active,
+      grad_fn=lambda own: at_each(own, batch)[1],
+    )
+    found[f'{name} {kind}'] = updates, mtl_jax.diagnostics(state)
+  return found
+
+
+def mesh(names=('batch',), shape=(DEVICES,)):
+  auto = (jax.sharding.AxisType.Auto,) * len(names)
+  return jax.make_mesh(shape, names, axis_types=auto)
+
+
+def on_one_device():
+  return jax.jit(step)(PARAMS, BATCH)
+
+
+def with_plain_jit():
+  devices = mesh()
+  batch = jax.device_put(BATCH, jax.NamedSharding(devices, P('batch')))
+  params = jax.device_put(PARAMS, jax.NamedSharding(devices, P()))
+  return jax.jit(step)(params, batch)
+
+
+def with_shard_map(*, check_vma, reduce):
+  vary = lambda params: jax.lax.pcast(params, 'batch', to='varying')
+  mapped = jax.shard_map(
+    functools.partial(
+      step,
+      mark=vary if check_vma else lambda params: params,
+      axis_name='batch',
+      reduce=reduce,
+    ),
+    mesh=mesh(),
+    in_specs=(P(), P('batch')),
+    out_specs=P(),
+    check_vma=check_vma,
+  )
+  return jax.jit(mapped)(PARAMS, BATCH)
+
+
+def with_pmap():
+  mapped = jax.pmap(
+    functools.partial(step, axis_name='batch'),
+    axis_name='batch',
+    in_axes=(None, 0),
+  )
+  found = mapped(
+    PARAMS,
+    jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), BATCH),
+  )
+  # The replicas stay together.
+  jax.tree.map(
+    lambda x: np.testing.assert_array_equal(x, np.stack([x[0]] * DEVICES)),
+    found,
+  )
+  return jax.tree.map(lambda x: x[0], found)
+
+
+PLACES = {
+  'one device': on_one_device,
+  'jit': with_plain_jit,
+  'shard_map, mean': functools.partial(
+    with_shard_map, check_vma=False, reduce='mean'
+  ),
+  'shard_map, sum': functools.partial(
+    with_shard_map, check_vma=False, reduce='sum'
+  ),
+  'shard_map with check_vma, mean': functools.partial(
+    with_shard_map, check_vma=True, reduce='mean'
+  ),
+  'shard_map with check_vma, sum': functools.partial(
+    with_shard_map, check_vma=True, reduce='sum'
+  ),
+  'pmap': with_pmap,
+}
+
+
+@functools.cache
+def results(place):
+  return jax.tree.map(np.asarray, PLACES[place]())
+
+
+def assert_trees_close(actual, expected, tolerance=1e-4):
+  """Every leaf within a share of its own length."""
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, atol=tolerance * np.linalg.norm(b) + 1e-7
+    ),
+    actual,
+    expected,
+  )
+
+
+@pytest.mark.parametrize('name, kind', CASES)
+@pytest.mark.parametrize('place', list(PLACES)[1:])
+def test_update_is_that_of_one_device_with_the_whole_batch(place, kind, name):
+  updates, _ = results(place)[f'{name} {kind}']
+  expected, _ = results('one device')[f'{name} {kind}']
+  assert_trees_close(updates, expected)
+
+
+@pytest.mark.parametrize('name, kind', CASES)
+@pytest.mark.parametrize('place', list(PLACES)[1:])
+def test_gram_matrices_are_those_of_the_whole_batch(place, kind, name):
+  """They would tell a gradient that was summed and not averaged."""
+  _, shown = results(place)[f'{name} {kind}']
+  _, expected = results('one device')[f'{name} {kind}']
+  grams = [key for key in expected if key.endswith('gram')]
+  assert grams
+  for key in grams:
+    assert_trees_close(shown[key], expected[key], 1e-3)
+
+
+def linear_step(params, batch, *, kind, marked):
+  """The update of equal weights inside shard_map, from marked parameters."""
+  loss_fn = lambda params, x: dict.fromkeys(NAMES, jnp.mean(x @ params))
+  at, at_each = mtl_jax.task_grad(loss_fn, NAMES)
+  tx = KINDS[kind](mtl_jax.linear(axis_name='batch'))
+  local = jax.lax.pcast(params, 'batch', to='varying') if marked else params
+  _, task_grads = at(local, batch)
+  updates, _ = tx.update(
+    task_grads,
+    tx.init(params),
+    params,
+    grad_fn=lambda own: at_each(own, batch)[1],
+  )
+  return updates
+
+
+def run_linear_step(**options):
+  x = jnp.arange(2.0 * DEVICES).reshape(DEVICES, 2)
+  mapped = jax.shard_map(
+    functools.partial(linear_step, **options),
+    mesh=mesh(),
+    in_specs=(P(), P('batch')),
+    out_specs=P(),
+  )
+  return jax.jit(mapped)(jnp.ones(2), x), jnp.mean(x, axis=0)
+
+
+@pytest.mark.parametrize('kind', ['plain', 'flat'])
+def test_gradients_of_replicated_parameters_are_refused(kind):
+  """They are summed over devices already, and no mean can undo that."""
+  with pytest.raises(ValueError, match=r"does not vary over axis_name='batch'"):
+    run_linear_step(kind=kind, marked=False)
+
+
+@pytest.mark.parametrize('kind', ['plain', 'flat'])
+def test_gradients_of_marked_parameters_are_averaged_once(kind):
+  updates, expected = run_linear_step(kind=kind, marked=True)
+  np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('check_vma', [False, True])
+def test_replicas_may_lie_along_two_axes(check_vma):
+  axes = ('host', 'device')
+  x = jnp.arange(2.0 * DEVICES).reshape(DEVICES, 2)
+
+  def mapped(params, x):
+    if check_vma:
+      params_here = jax.lax.pcast(params, axes, to='varying')
+    else:
+      params_here = params
+    loss_fn = lambda params, x: {'a': jnp.mean((x @ params) ** 2)}
+    at, at_each = mtl_jax.task_grad(loss_fn, ('a',))
+    tx = mtl_jax.flat_minima(mtl_jax.linear(axis_name=axes), ('a',), rho=0.5)
+    return tx.update(
+      at(params_here, x)[1],
+      tx.init(params),
+      params,
+      grad_fn=lambda own: at_each(own, x)[1],
+    )[0]
+
+  updates = jax.jit(
+    jax.shard_map(
+      mapped,
+      mesh=mesh(axes, (2, 4)),
+      in_specs=(P(), P(axes)),
+      out_specs=P(),
+      check_vma=check_vma,
+    )
+  )(jnp.ones(2), x)
+  second = 2 * np.asarray(x).T @ np.asarray(x) / DEVICES
+  g = second @ np.ones(2)
+  sam = second @ (np.ones(2) + 0.5 * g / np.linalg.norm(g))
+  np.testing.assert_allclose(updates, sam, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'reduce': 'max'}, 'reduce must be one of'),
+    ({'axis_name': 'x', 'shard_axis': 'x'}, 'must be different axes'),
+  ],
+)
+def test_wrong_axes_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    mtl_jax.linear(**options)
