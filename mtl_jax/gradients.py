@@ -163,7 +163,8 @@ def task_grad(
       transposed = jax.linear_transpose(
         lambda *dots: jnp.stack(pull(*dots)), shared, heads
       )
-      stack, _ = jax.vmap(transposed)(jnp.eye(size, dtype=losses[0].dtype))
+      one_hot = jnp.diag(jnp.ones_like(jnp.stack(losses)))
+      stack, _ = jax.vmap(transposed)(one_hot)
       own_heads = {task: pull_back(i)[1] for i, task in enumerate(names)}
     else:
       _, stack, own_heads = _scan_tasks(
@@ -339,7 +340,7 @@ def _accumulated(task_grad_fns, names, param_labels, slices) -> TaskGrad:
       return jax.tree.map(jnp.add, total, (losses, grads)), aux
 
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], (cut, weights)))
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+    start = jax.tree.map(jnp.zeros_like, shapes[:2])
     (losses, grads), aux = jax.lax.scan(step, start, (cut, weights))
     return losses, aux, grads
 

@@ -47,8 +47,8 @@ def own_parameters():
   return {**PARAMS, 'shared': jax.tree.map(rows, PARAMS['shared'])}
 
 
-# Elementwise work is about one per cent here; the head of one other task, a quarter
-# of the heads' part, would be far more.
+# Elementwise work is about one per cent; the head of one other task would be
+# far more.
 CLOSE = 0.02
 
 

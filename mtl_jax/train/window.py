@@ -6,6 +6,7 @@ resumed run logs the averages that the run without a break would have logged.
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class Window(NamedTuple):
   """The metrics of the steps since the last line of the log.
 
   Attributes:
-    sums: sum of each metric.
+    sums: sum of each metric; of a task's, over the steps that had its labels.
     count: number of steps, int32.
     first_bad: for each task the first step after which its loss was not finite,
       0 if there is none; steps count from 1.
@@ -49,28 +50,63 @@ def add(
 
   Args:
     window: the window.
-    metrics: scalars, with `'<task>/loss'` for every task.
+    metrics: scalars. For every task `'<task>/loss'`, and `'<task>/present'`, 0
+      if this step had no label of it: then its numbers are not counted.
     step: number of the step, counted from 1.
 
   Returns:
     The new window.
   """
+
+  def counted(name):
+    task = _task(name, window.first_bad)
+    if task is None:
+      return metrics[name]
+    # A choice and not a product: an absent task's number may be anything.
+    return jnp.where(metrics[f'{task}/present'] > 0, metrics[name], 0)
+
+  def is_bad(task):
+    return ~jnp.isfinite(counted(f'{task}/loss'))
+
   return Window(
-    sums={name: window.sums[name] + metrics[name] for name in window.sums},
+    sums={name: window.sums[name] + counted(name) for name in window.sums},
     count=window.count + 1,
     first_bad={
-      task: jnp.where(
-        (bad == 0) & ~jnp.isfinite(metrics[f'{task}/loss']), step, bad
-      )
+      task: jnp.where((bad == 0) & is_bad(task), step, bad)
       for task, bad in window.first_bad.items()
     },
   )
 
 
 def means(window: Window) -> dict[str, float]:
-  """The mean of each metric over the steps of a window that is on the host."""
-  count = max(int(window.count), 1)
-  return {name: float(x) / count for name, x in window.sums.items()}
+  """The mean of each metric over the steps of a window that is on the host.
+
+  A task's metrics are averaged over the steps that had labels of it; they are
+  NaN if none had. `'<task>/present'`, the share of those steps, is there when
+  it is below 1.
+
+  Args:
+    window: the window.
+
+  Returns:
+    `{name: mean}`.
+  """
+  count, values = int(window.count), {}
+  for name, x in window.sums.items():
+    task = _task(name, window.first_bad)
+    if task is not None and name == f'{task}/present':
+      if x < count:
+        values[name] = float(x) / count
+      continue
+    steps = count if task is None else int(window.sums[f'{task}/present'])
+    values[name] = float(x) / steps if steps else math.nan
+  return values
+
+
+def _task(name, task_names):
+  """The task that a metric is of, None if it is of all."""
+  task = name.partition('/')[0]
+  return task if task in task_names else None
 
 
 def check_finite(window: Window) -> None:

@@ -377,15 +377,38 @@ def test_loss_that_is_not_finite_stops_the_run_naming_task_and_step(
   assert not list((tmp_path / 'checkpoints').iterdir())
 
 
-def test_first_step_that_is_not_finite_is_the_one_named():
-  window = windows.empty(['a/loss', 'b/loss'], ['a', 'b'])
-  for step, (a, b) in enumerate([(1, 2), (1, np.inf), (np.nan, 1), (1, 1)], 1):
-    metrics = {'a/loss': np.float32(a), 'b/loss': np.float32(b)}
+def _window(steps):
+  """The window of steps of tasks a and b, (loss, present) each."""
+  names = [f'{task}/{kind}' for task in 'ab' for kind in ('loss', 'present')]
+  window = windows.empty(names, ['a', 'b'])
+  for step, values in enumerate(steps, 1):
+    metrics = dict(zip(names, np.float32(values).ravel(), strict=True))
     window = windows.add(window, metrics, np.int32(step))
+  return jax.device_get(window)
+
+
+def test_first_step_that_is_not_finite_is_the_one_named():
+  here = [((a, 1), (b, 1)) for a, b in [(1, 2), (1, np.inf), (np.nan, 1)]]
   with pytest.raises(
     windows.NonFiniteLossError, match="loss of 'b' is not finite at step 2"
   ):
-    windows.check_finite(jax.device_get(window))
+    windows.check_finite(_window([*here, ((1, 1), (1, 1))]))
+
+
+def test_steps_without_labels_of_a_task_do_not_count_for_it():
+  window = _window([((1, 1), (4, 1)), ((2, 1), (np.nan, 0)), ((6, 1), (8, 1))])
+  windows.check_finite(window)
+  assert windows.means(window) == {
+    'a/loss': 3.0,
+    'b/loss': 6.0,
+    'b/present': pytest.approx(2 / 3),
+  }
+
+
+def test_task_without_any_label_has_no_mean():
+  means = windows.means(_window([((1, 1), (0, 0))]))
+  assert np.isnan(means['b/loss'])
+  assert means['b/present'] == 0.0
 
 
 @pytest.mark.parametrize(
