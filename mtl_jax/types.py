@@ -91,6 +91,9 @@ class Problem:
     tasks: the tasks, in the order of every task axis.
     image_shape: (height, width, channels) of an input.
     load: `(split, **options) -> Source`; the data of a split.
+    prepare: `(**options) -> None`; writes to disk what `load` reads, if that is
+      not there yet. One process calls it while the others wait. None where
+      nothing has to be prepared.
     preprocess: `batch -> batch`; pure, run inside `jit` before the model, such
       as the scaling of bytes to floats.
     baselines: single-task scores, `{'task/metric': value}`, for delta_m.
@@ -102,6 +105,7 @@ class Problem:
   image_shape: tuple[int, int, int]
   load: Callable[..., Source]
   preprocess: Callable[[Batch], Batch]
+  prepare: Callable[..., None] | None = None
   baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
   baselines_source: str = ''
 

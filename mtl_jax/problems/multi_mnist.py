@@ -1,9 +1,11 @@
 """Multi-MNIST, Multi-Fashion and Multi-Fashion+MNIST."""
 
 import functools
+from typing import Any
 
 from mtl_jax import types
 from mtl_jax.data import multi_mnist as data
+from mtl_jax.data import prepare as prepare_data
 from mtl_jax.problems import pairs
 
 NAMES = data.NAMES
@@ -35,6 +37,11 @@ def multi_mnist(name: str = 'multi_mnist') -> types.Problem:
   """
   if name not in NAMES:
     raise ValueError(f'name must be one of {NAMES}, got {name!r}')
+
+  def prepare(*, data_dir: str | None, source_dir: str | None, **unused: Any):
+    del unused
+    prepare_data.prepare(name, data_dir, source_dir)
+
   return pairs.pair_problem(
     name,
     image_shape=data.IMAGE_SHAPE,
@@ -42,6 +49,7 @@ def multi_mnist(name: str = 'multi_mnist') -> types.Problem:
     num_classes=data.NUM_CLASSES,
     max_pixel=data.MAX_PIXEL,
     load_real=functools.partial(data.load_multi_mnist, name),
+    prepare=prepare,
     baselines={
       f'{task}/accuracy': value
       for task, value in zip(data.TASK_NAMES, _BASELINES[name], strict=True)

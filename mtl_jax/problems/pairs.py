@@ -25,6 +25,7 @@ def pair_problem(
   num_classes: int,
   max_pixel: int,
   load_real: Callable[..., types.Source],
+  prepare: Callable[..., None] | None = None,
   baselines: Mapping[str, float] | None = None,
   baselines_source: str = '',
 ) -> types.Problem:
@@ -38,6 +39,7 @@ def pair_problem(
     max_pixel: brightest value of a stored image; images go to the model divided
       by it.
     load_real: `(split, **options) -> Source` of the real data.
+    prepare: see `types.Problem`.
     baselines: single-task scores, `{'task/accuracy': share}`.
     baselines_source: where they come from.
 
@@ -78,6 +80,7 @@ def pair_problem(
     image_shape=image_shape,
     load=load,
     preprocess=preprocess,
+    prepare=prepare,
     baselines=baselines or {},
     baselines_source=baselines_source,
   )

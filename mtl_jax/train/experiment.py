@@ -16,9 +16,7 @@ import numpy as np
 from mtl_jax import models
 from mtl_jax import problems
 from mtl_jax import types
-from mtl_jax.data import multi_mnist
 from mtl_jax.data import pipeline
-from mtl_jax.data import prepare
 from mtl_jax.train import distributed
 from mtl_jax.train import optimizer
 from mtl_jax.train import step as steps
@@ -228,8 +226,8 @@ def _load(problem, data):
     splits.remove('validation')
   _logger.info('Loading %s; the first time it is prepared.', problem.name)
   with distributed.process_zero_first('data are prepared'):
-    if data.kind == 'real' and problem.name in multi_mnist.NAMES:
-      prepare.prepare(problem.name, data.data_dir, data.source_dir)
+    if data.kind == 'real' and problem.prepare is not None:
+      problem.prepare(**options)
   return {split: problem.load(split, **options) for split in splits}
 
 

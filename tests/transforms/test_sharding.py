@@ -263,8 +263,9 @@ def test_gradients_of_marked_parameters_are_averaged_once(kind):
   np.testing.assert_allclose(updates, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize('shape', [(2, 4), (1, 8)])
 @pytest.mark.parametrize('check_vma', [False, True])
-def test_replicas_may_lie_along_two_axes(check_vma):
+def test_replicas_may_lie_along_two_axes(check_vma, shape):
   axes = ('host', 'device')
   x = jnp.arange(2.0 * DEVICES).reshape(DEVICES, 2)
 
@@ -286,7 +287,7 @@ def test_replicas_may_lie_along_two_axes(check_vma):
   updates = jax.jit(
     jax.shard_map(
       mapped,
-      mesh=mesh(axes, (2, 4)),
+      mesh=mesh(axes, shape),
       in_specs=(P(), P(axes)),
       out_specs=P(),
       check_vma=check_vma,
@@ -296,15 +297,3 @@ def test_replicas_may_lie_along_two_axes(check_vma):
   g = second @ np.ones(2)
   sam = second @ (np.ones(2) + 0.5 * g / np.linalg.norm(g))
   np.testing.assert_allclose(updates, sam, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-  'options, message',
-  [
-    ({'reduce': 'max'}, 'reduce must be one of'),
-    ({'axis_name': 'x', 'shard_axis': 'x'}, 'must be different axes'),
-  ],
-)
-def test_wrong_axes_are_refused(options, message):
-  with pytest.raises(ValueError, match=message):
-    mtl_jax.linear(**options)
