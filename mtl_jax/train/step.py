@@ -151,6 +151,9 @@ def make_train_step(
       model_state = jax.tree.map(lambda x: jnp.mean(x, axis=0), model_state)
       sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
     active = jnp.stack([jnp.any(batch['mask'][task] > 0) for task in names])
+    labels = (
+      param_labels(state.params) if callable(param_labels) else (param_labels)
+    )
     updates, opt_state = tx.update(
       task_grads,
       state.opt_state,
@@ -165,7 +168,7 @@ def make_train_step(
       **{f'{task}/loss': losses[i] for i, task in enumerate(names)},
       **{f'{task}/present': present[i] for i, task in enumerate(names)},
       **_finish(problem, sums),
-      **_shown(opt_state, names),
+      **(_shown(opt_state, names) if _anything_shared(labels) else {}),
     }
     state = TrainState(
       step=state.step + 1,
@@ -253,6 +256,11 @@ def _finish(problem, sums):
     for task in problem.tasks
     for metric in task.metrics
   }
+
+
+def _anything_shared(labels):
+  """Whether tasks can conflict at all; single-task networks cannot."""
+  return 'shared' in jax.tree.leaves(labels)
 
 
 def _shown(opt_state, names):

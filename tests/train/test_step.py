@@ -289,6 +289,16 @@ def test_evaluation_counts_each_present_label_once():
     np.testing.assert_allclose(values[f'{task}/accuracy'], right, rtol=1e-6)
 
 
+def test_the_log_of_single_task_networks_shows_no_conflict():
+  _, state, step = _setup('stl')
+  _, metrics = step(state, _batch())
+  assert set(metrics) == {'loss'} | {
+    f'{task}/{name}'
+    for task in _problem().task_names
+    for name in ('loss', 'accuracy', 'present')
+  }
+
+
 def test_the_log_shows_what_the_aggregator_saw():
   model, state, step = _setup('f_mgda')
   del model
