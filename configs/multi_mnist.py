@@ -30,6 +30,9 @@ _MODELS = {
   },
   'lenet': {'features': 50},
 }
+# The authors' for ResNet-18. For LeNet the best on the validation split after
+# two epochs among 0.2, 0.5 and 1.
+_RADII = {'resnet18': 2.0, 'lenet': 0.2}
 _TINY = {
   'resnet18': {'widths': (4, 8), 'blocks': (1, 1), 'features': 8},
   'lenet': {'features': 8},
@@ -50,7 +53,9 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
   common.check_known(args.model, _MODELS, 'model')
   config = common.make_config(
     problem=args.dataset,
-    method=methods.entry(args.method, rho=2.0, adaptive=True, norm='joint'),
+    method=methods.entry(
+      args.method, rho=_RADII[args.model], adaptive=True, norm='joint'
+    ),
     model=args.model,
     model_kwargs=dict(_MODELS[args.model]),
     seed=args.seed,
