@@ -8,6 +8,7 @@ how replicas and shards are reduced, and which shapes are right.
 from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Sequence
+import inspect
 from typing import Any
 from typing import NamedTuple
 
@@ -165,7 +166,20 @@ def as_aggregator(tx: optax.GradientTransformation) -> Aggregator:
   """Any transformation that keeps the contract, seen as an `Aggregator`."""
   if isinstance(tx, Aggregator):
     return tx
-  return Aggregator(tx.init, optax.with_extra_args_support(tx).update)
+  # By the signature and not by the type: optax's own aggregators are of the
+  # type that takes extra arguments, and take none.
+  parameters = inspect.signature(tx.update).parameters
+  swallows = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+  def aggregate(task_grads, state, params=None, **extra_args):
+    taken = {
+      name: value
+      for name, value in extra_args.items()
+      if swallows or name in parameters
+    }
+    return tx.update(task_grads, state, params, **taken)
+
+  return Aggregator(tx.init, aggregate)
 
 
 def check_task_axis(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _inner
@@ -69,16 +70,24 @@ class FromGramState(NamedTuple):
     return seen if self.residual is None else seen | {'residual': self.residual}
 
 
+def check_seed(seed: int | jax.Array) -> None:
+  """Raises unless `seed` is an integer or a typed key."""
+  if isinstance(seed, jax.Array):
+    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+      return
+  elif isinstance(seed, int | np.integer):
+    return
+  raise TypeError(
+    f'seed must be an int or a typed key (jax.random.key), got {seed!r}'
+  )
+
+
 def own_key(seed: int | jax.Array | None) -> jax.Array | None:
   """A fresh typed key, so that no two states ever share a buffer."""
   if seed is None:
     return None
-  if isinstance(seed, int):
+  if not isinstance(seed, jax.Array):
     return jax.random.key(seed)
-  if not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-    raise TypeError(
-      f'seed must be an int or a typed key (jax.random.key), got {seed!r}'
-    )
   return jax.random.wrap_key_data(
     jnp.array(jax.random.key_data(seed), copy=True),
     impl=jax.random.key_impl(seed),
@@ -130,6 +139,7 @@ def from_gram(
     active=None)`; leaves [T, *shape] in, leaves [*shape] out.
 
   Raises:
+    TypeError: for a seed that is neither an integer nor a typed key.
     ValueError: for a wrong `num_tasks` or `reduce`; at `update` for leaves
       without a task axis, of different T or unlike `params`.
 
@@ -144,6 +154,8 @@ def from_gram(
     [0.6 1.8]
   """
   check_num_tasks(num_tasks)
+  if seed is not None:
+    check_seed(seed)
   axes = _aggregator.Axes(axis_name, reduce, shard_axis)
 
   def solve(gram, losses, active, key):

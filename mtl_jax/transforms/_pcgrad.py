@@ -44,6 +44,7 @@ def pcgrad(
 
   Raises:
     ValueError: for another reduction.
+    TypeError: for a seed that is neither an integer nor a typed key.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -58,6 +59,7 @@ def pcgrad(
     <https://arxiv.org/abs/2001.06782>`_, 2020, Algorithm 1
   """
   _aggregator.one_of('reduction', reduction, ('sum', 'mean'))
+  _from_gram.check_seed(seed)
 
   def weights_fn(gram, *, losses, active, key):
     del losses

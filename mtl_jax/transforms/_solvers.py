@@ -1,7 +1,7 @@
 """Small convex problems over the simplex, solved on the device.
 
 Every solver is a fixed number of iterations of `jax.lax` code, so that it lives
-inside `jit`, `vmap` and `grad` without a callback to the host. They work on the
+inside `jit` and `vmap` without a callback to the host. They work on the
 *cosines* of the task gradients, not on their raw inner products: lengths that
 differ by orders of magnitude then cost no accuracy.
 """

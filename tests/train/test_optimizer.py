@@ -20,22 +20,24 @@ GRADS = {
 
 
 def _config(**optimizer_values):
-  return ml_collections.ConfigDict({
-    'method': {
-      'aggregator': 'linear',
-      'kwargs': {},
-      'head_scale': None,
-      'flat': None,
-    },
-    'optimizer': {
-      'learning_rate': 0.1,
-      'schedule': 'constant',
-      'clip': None,
-      'weight_decay': 0.0,
-      **optimizer_values,
-    },
-    'seed': 0,
-  })
+  return ml_collections.ConfigDict(
+    {
+      'method': {
+        'aggregator': 'linear',
+        'kwargs': {},
+        'head_scale': None,
+        'flat': None,
+      },
+      'optimizer': {
+        'learning_rate': 0.1,
+        'schedule': 'constant',
+        'clip': None,
+        'weight_decay': 0.0,
+        **optimizer_values,
+      },
+      'seed': 0,
+    }
+  )
 
 
 def _updates(config, steps=1):

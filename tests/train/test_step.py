@@ -30,21 +30,23 @@ _FLAT = {
 def _config(name, **flat):
   separate = name.endswith('stl')
   aggregator = name.removeprefix('f_').replace('stl', 'linear')
-  return ml_collections.ConfigDict({
-    'method': {
-      'aggregator': aggregator,
-      'kwargs': {'c': 0.4} if aggregator == 'cagrad' else {},
-      'head_scale': 'none' if separate else None,
-      'flat': {**_FLAT, **flat} if name.startswith('f_') else None,
-    },
-    'optimizer': {
-      'learning_rate': 1e-2,
-      'schedule': 'constant',
-      'clip': None,
-      'weight_decay': 0.0,
-    },
-    'seed': 0,
-  })
+  return ml_collections.ConfigDict(
+    {
+      'method': {
+        'aggregator': aggregator,
+        'kwargs': {'c': 0.4} if aggregator == 'cagrad' else {},
+        'head_scale': 'none' if separate else None,
+        'flat': {**_FLAT, **flat} if name.startswith('f_') else None,
+      },
+      'optimizer': {
+        'learning_rate': 1e-2,
+        'schedule': 'constant',
+        'clip': None,
+        'weight_decay': 0.0,
+      },
+      'seed': 0,
+    }
+  )
 
 
 @functools.cache
@@ -240,9 +242,7 @@ def test_single_task_networks_train_as_if_each_were_alone(flat):
     predictions, _ = model.apply(
       {'shared': {}, 'heads': heads}, state.model_state, batch, train=False
     )
-    return losses.cross_entropy(
-      predictions[task], batch['labels'][task]
-    ).mean()
+    return losses.cross_entropy(predictions[task], batch['labels'][task]).mean()
 
   after, metrics = step(state, _batch())
   for task in problem.task_names:

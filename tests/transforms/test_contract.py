@@ -515,7 +515,7 @@ def test_factory_names_argument_and_value_it_refuses(method, argument, value):
 
 @pytest.mark.parametrize('method', ALL)
 def test_replicas_and_shards_must_be_different_axes(method):
-  with pytest.raises(ValueError, match="axis_name and shard_axis.*'i'"):
+  with pytest.raises(ValueError, match=r"axis_name and shard_axis.*'i'"):
     method.factory(axis_name='i', shard_axis='i')
 
 
