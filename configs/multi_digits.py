@@ -4,8 +4,12 @@ Stands for: no row of a paper. The same construction as Multi-MNIST on the
   digits that come with scikit-learn, small enough for a first run.
 Command: python -m mtl_jax.main --config=configs/multi_digits.py:method=f_cagrad
   --workdir=runs/multi_digits/f_cagrad
-Hardware: two CPU cores. Time: not yet run.
-Expected score: not yet run.
+Hardware: two CPU cores. Time: about 5 s of training for a plain method, 10 s
+  for f_cagrad, and the start-up.
+Expected score: test accuracy in per cent, mean over tasks and 3 seeds: stl
+  94.2, linear 91.8, cagrad 91.7, f_cagrad 93.4, whose radius 0.2 is the best on
+  the validation split among 0.05, 0.1 and 0.2. All of it is in
+  results/multi_digits_quickstart.json.
 
 Arguments: `method`, `seed`, `runlocal`; see `configs/methods.py` for methods.
 """

@@ -17,8 +17,16 @@ export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-2}"
 
 children=()
-stop() { kill "${children[@]}" 2>/dev/null || true; }
-trap stop INT TERM EXIT
+# Each child gets one signal: it saves at the first and dies of the second.
+stop() {
+  trap - EXIT
+  kill "${children[@]}" 2>/dev/null || true
+}
+trap stop EXIT
+trap 'stop; wait; exit 75' TERM
+# Ctrl-C reaches the children too. One that is only starting ignores it: a second
+# Ctrl-C ends them all.
+trap 'trap - EXIT; trap "stop; wait; exit 75" INT; wait; exit 75' INT
 for ((i = 0; i < processes; i++)); do
   "$VENV_PYTHON" -m mtl_jax.main --coordinator_address="127.0.0.1:$port" \
     --num_processes="$processes" --process_id="$i" "$@" &

@@ -4,7 +4,8 @@ python -m mtl_jax.main --config=configs/multi_mnist.py:method=f_cagrad \
   --workdir=DIR [--config.optimizer.learning_rate=3e-4 ...]
 
 Ends with 0 when the run is finished, with 75 ("try again") when a signal
-stopped it and all is saved, and with another number after an error.
+stopped it and all is saved, and with another number after an error. `-v 1`
+shows where in the code an error comes from.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from ml_collections import config_flags
 from mtl_jax.train import distributed
 from mtl_jax.train import loop
 from mtl_jax.train import stopping
+from mtl_jax.train import window
 
 EXIT_INTERRUPTED = 75
 
@@ -151,6 +153,15 @@ def main(argv: Sequence[str]) -> None:
   except stopping.Interrupted as interruption:
     print(interruption, file=sys.stderr)
     sys.exit(EXIT_INTERRUPTED)
+  except (
+    # What a user can mend, with a message that says how.
+    ValueError,
+    FileNotFoundError,
+    ConnectionError,
+    window.NonFiniteLossError,
+  ) as error:
+    logging.debug('The error comes from:', exc_info=True)
+    sys.exit(f'error: {error}')
   if distributed.is_main():
     for name, value in metrics.items():
       print(f'{name} {value:.4f}')

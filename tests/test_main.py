@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,34 @@ def test_mistake_on_the_command_line_ends_with_one_plain_message(
   with pytest.raises(SystemExit, match=message) as error:
     main.parse_flags(['main', '--workdir=unused', *arguments])
   assert str(error.value).startswith('error: ')
+
+
+@pytest.mark.parametrize(
+  ('config', 'override', 'message'),
+  [
+    ('multi_digits', 'engine=roll', "engine must be one of .*, got 'roll'"),
+    ('multi_mnist', 'data.source_dir=nowhere', 'source files are missing in'),
+  ],
+)
+def test_error_that_a_user_can_mend_is_one_line_without_a_traceback(
+  tmp_path, config, override, message
+):
+  process = subprocess.run(
+    [
+      *(sys.executable, '-m', 'mtl_jax.main', f'--workdir={tmp_path / "run"}'),
+      f'--config={_ROOT / "configs" / config}.py',
+      *(f'--config.data.data_dir={tmp_path}', f'--config.{override}'),
+    ],
+    cwd=_ROOT,
+    env={**os.environ, 'XLA_FLAGS': ''},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert process.returncode == 1
+  assert re.search(f'^error: .*{message}', process.stderr, re.MULTILINE)
+  assert 'Traceback' not in process.stderr
 
 
 def test_ctrl_c_saves_and_ends_with_its_own_status_and_a_message(tmp_path):

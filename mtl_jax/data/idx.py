@@ -99,9 +99,10 @@ def find_source(
     `{file: path}` for each of `FILES`, gzipped or plain.
 
   Raises:
-    ValueError: if there is no such dataset.
     FileNotFoundError: if files are missing; says which, where they were looked
       for and where they can be had from.
+    ValueError: if there is no such dataset, or a file is known to be another
+      one, of either dataset.
   """
   if name not in URLS:
     raise ValueError(f'name must be one of {tuple(URLS)}, got {name!r}')
@@ -120,6 +121,17 @@ def find_source(
       f'(such as {URLS[name]}{missing[0]}). The source folder, named by '
       f'--source_dir or {SOURCE_DIR_VARIABLE}, must hold {name}/ with them.'
     )
+  known = {
+    digest: f'{file} of {dataset}'
+    for dataset, digests in SHA256.items()
+    for file, digest in digests.items()
+  }
+  for file, path in found.items():
+    expected = f'{file} of {name}'
+    if known.get(fingerprint(path), expected) != expected:
+      raise ValueError(
+        f'{path} is {known[fingerprint(path)]}, expected {expected}'
+      )
   return found
 
 

@@ -14,12 +14,19 @@ def multi_digits() -> types.Problem:
   MNIST; see `mtl_jax.data.multi_digits`. There are no published baselines.
 
   Returns:
-    A `types.Problem`.
+    A `types.Problem`; its `load` raises a ValueError for another
+    `split_scheme` than 'holdout'.
   """
 
-  def load(split: str, **unused: Any) -> types.Source:
-    # Nothing is read from disk and the validation split is always held out.
-    del unused
+  def load(
+    split: str, *, split_scheme: str = 'holdout', **unused: Any
+  ) -> types.Source:
+    del unused  # Nothing is read from disk.
+    if split_scheme != 'holdout':
+      raise ValueError(
+        'multi_digits has no split of a paper, and always holds its validation '
+        f"split out: data.split must be 'holdout', got {split_scheme!r}"
+      )
     return data.load_multi_digits(split)
 
   return pairs.pair_problem(

@@ -24,6 +24,25 @@ from mtl_jax.train import window as windows
 
 _logger = logging.getLogger(__name__)
 
+_POSITIVE = (
+  'epochs',
+  'micro_batches',
+  'eval_every_epochs',
+  'log_every_steps',
+  'checkpoint_every_steps',
+  'keep_checkpoints',
+)
+_CHOICES = {
+  'data.kind': ('real', 'synthetic'),
+  'data.split': ('holdout', 'paper'),
+  'engine': ('unroll', 'vmap', 'scan'),
+  # Those that JAX has for all devices.
+  'precision': (
+    *('default', 'high', 'highest'),
+    *('bfloat16', 'tensorfloat32', 'float32'),
+  ),
+}
+
 
 class LoopState(NamedTuple):
   """What a step changes and a checkpoint holds.
@@ -122,6 +141,25 @@ class Experiment:
     return steps.finish_eval(self.problem, jax.device_get(sums))
 
 
+def check_config(config: ml_collections.ConfigDict) -> None:
+  """Checks what can be told from a config alone.
+
+  Args:
+    config: of `configs/`.
+
+  Raises:
+    ValueError: if a value is out of range; names its key.
+  """
+  for name in _POSITIVE:
+    if config[name] < 1:
+      raise ValueError(f'{name} must be positive, got {config[name]}')
+  for name, choices in _CHOICES.items():
+    group, _, key = name.rpartition('.')
+    value = (config[group] if group else config)[key]
+    if value not in choices:
+      raise ValueError(f'{name} must be one of {choices}, got {value!r}')
+
+
 def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   """Puts together what a config stands for; compiles nothing yet.
 
@@ -136,15 +174,7 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   Raises:
     ValueError: if a value of the config is out of range; names it.
   """
-  for name in (
-    'epochs',
-    'micro_batches',
-    'eval_every_epochs',
-    'log_every_steps',
-    'checkpoint_every_steps',
-  ):
-    if config[name] < 1:
-      raise ValueError(f'{name} must be positive, got {config[name]}')
+  check_config(config)
   problem = problems.by_name(config.problem)
   mesh = distributed.make_mesh()
   distributed.check_batch_size(config.batch_size, mesh, config.micro_batches)

@@ -58,6 +58,8 @@ def train(
       f'workdir must be a folder of a mounted file system, got {workdir!r}; a '
       'bucket can be mounted, with gcsfuse for example'
     )
+  # First of all: JAX would not say which key a wrong precision is of.
+  experiments.check_config(config)
   with jax.default_matmul_precision(config.precision):
     return _train(config, pathlib.Path(workdir), overwrite_config)
 
@@ -124,7 +126,11 @@ class _Run:
       if distributed.is_main():
         self._writer = stack.enter_context(
           contextlib.closing(
-            writers.MetricsWriter(self._workdir, start_step=self._step)
+            writers.MetricsWriter(
+              self._workdir,
+              start_step=self._step,
+              evaluated=self._evaluated,
+            )
           )
         )
       self._write_record()
@@ -284,11 +290,7 @@ _AT_START: dict[str, Any] = {'step': 0, 'wall_time_s': 0.0, 'evaluated': True}
 
 def _last_evaluation(lines):
   for line in reversed(lines):
-    values = {
-      name: value
-      for name, value in line.items()
-      if name.startswith(('test/', 'validation/'))
-    }
+    values = writers.evaluation(line)
     if values:
       return values
   return {}

@@ -27,12 +27,18 @@ def make_aggregator(
     An aggregator over the whole tree of parameters, with diagnostics.
 
   Raises:
-    ValueError: if there is no aggregator of that name.
+    ValueError: if there is no aggregator of that name, or `head_scale` is given
+      beside `flat`, which has its own.
   """
-  if method.aggregator not in transforms.__all__:
+  names = tuple(filter(_makes_aggregator, transforms.__all__))
+  if method.aggregator not in names:
     raise ValueError(
-      f'method.aggregator must be a name in mtl_jax.transforms, got '
-      f'{method.aggregator!r}'
+      f'method.aggregator must be one of {names}, got {method.aggregator!r}'
+    )
+  if method.flat is not None and method.head_scale is not None:
+    raise ValueError(
+      f'method.head_scale is {method.head_scale!r}, which a method with '
+      'method.flat does not use; set method.flat.head_scale'
     )
   factory = getattr(transforms, method.aggregator)
   kwargs = dict(method.kwargs)
@@ -45,6 +51,20 @@ def make_aggregator(
     )
   flat = dict(method.flat)
   return transforms.flat_minima(aggregator, task_names, flat.pop('rho'), **flat)
+
+
+def _makes_aggregator(name):
+  """Whether it takes a number of tasks and needs nothing else.
+
+  Wrappers of aggregators need one, and `from_gram` needs a function.
+  """
+  value = getattr(transforms, name)
+  if not inspect.isfunction(value):
+    return False
+  parameters = inspect.signature(value).parameters
+  return 'num_tasks' in parameters and all(
+    p.default is not p.empty for p in parameters.values()
+  )
 
 
 def learning_rate_schedule(optimizer: Any, total_steps: int) -> optax.Schedule:

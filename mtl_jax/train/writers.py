@@ -10,6 +10,7 @@ from typing import Any
 import tensorboardX
 
 _FILE = 'metrics.jsonl'
+_EVALUATION = ('test/', 'validation/')
 
 
 def read_lines(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -43,6 +44,13 @@ def read_lines(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
   return lines
 
 
+def evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
+  """The metrics of a line that are an evaluation's; of training lines none."""
+  return {
+    name: value for name, value in line.items() if name.startswith(_EVALUATION)
+  }
+
+
 class MetricsWriter:
   """Writes metrics of a run; only one process should have one.
 
@@ -52,19 +60,30 @@ class MetricsWriter:
   TensorBoard as it is.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], *, start_step: int = 0):
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    start_step: int = 0,
+    evaluated: bool = True,
+  ):
     """Opens the files of a run, cut back to where it goes on.
 
     Args:
       workdir: the run directory; made if it is not there.
       start_step: the step of the checkpoint that the run starts from; lines of
         later steps, and a half-written last line, are cut off. 0 starts anew.
+      evaluated: whether the checkpoint is of after the evaluation of its step,
+        if there is one. If not, a line of it is cut off: it comes again.
     """
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     self._path = workdir / _FILE
     self.lines = [
-      line for line in read_lines(workdir) if 0 < line['step'] <= start_step
+      line
+      for line in read_lines(workdir)
+      if 0 < line['step'] <= start_step
+      and (evaluated or line['step'] < start_step or not evaluation(line))
     ]
     _replace(self._path, ''.join(_dump(line) for line in self.lines))
     self._file = self._path.open('a', buffering=1, encoding='utf-8')

@@ -43,7 +43,7 @@ def cagrad(
     shard_axis: see `from_gram`.
 
   Returns:
-    An aggregator. Where :math:`g_w` vanishes, the update is the mean.
+    An aggregator. Where :math:`g_w` vanishes, the update is inside the ball.
 
   Raises:
     ValueError: for a negative c or another `rescale`.
@@ -70,23 +70,8 @@ def cagrad(
     mean = active / jnp.maximum(jnp.sum(active), 1).astype(gram.dtype)
     if c == 0:
       return mean
-    found = _solvers.conflict_averse(gram, active, c)
-    # Both norms from cosines and lengths: raw squares can leave float32.
-    lengths, cos, usable = _solvers.cosines(gram, active)
-    v = jnp.where(usable, found.weights * lengths, 0)
-    m = jnp.where(usable, mean * lengths, 0)
-    size = jnp.maximum(jnp.sum(v), jnp.finfo(gram.dtype).tiny)
-    unit = v / size
-    square = unit @ cos @ unit
-    # A shorter g_w than this is what rounding leaves of a zero.
-    there = square > 1e-10
-    along = size * jnp.sqrt(jnp.where(there, square, 1))
-    bound = jnp.maximum(jnp.sum(m), jnp.finfo(gram.dtype).tiny)
-    mean_norm = bound * jnp.sqrt(
-      jnp.maximum((m / bound) @ cos @ (m / bound), 0)
-    )
-    factor = jnp.where(there, c * mean_norm / along, 0)
-    weights = (mean + factor * found.weights) / divisor
+    found, multiplier = _solvers.conflict_averse(gram, active, c)
+    weights = (mean + multiplier * found.weights) / divisor
     return _from_gram.Solution(weights, found.residual)
 
   return _from_gram.from_gram(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_jax.transforms import _aggregator
@@ -47,13 +48,22 @@ class FlatMinimaState(NamedTuple):
 def _schedule(name: str, rho: Any) -> Callable[[jax.Array], Any]:
   if callable(rho):
     return rho
+  if isinstance(rho, jax.Array):  # It may be traced: its value is not known.
+    return lambda count: rho
+  if not isinstance(rho, int | float | np.number):
+    raise TypeError(f'{name} must be a number or a schedule, got {rho!r}')
   if not 0 <= rho < float('inf'):
     raise ValueError(f'{name} must be finite and not negative, got {rho}')
   return lambda count: rho
 
 
+def _widen(leaf: jax.Array) -> jax.Array:
+  """The leaf in the dtype of norms: small numbers squared stay numbers."""
+  return leaf.astype(_inner.wide(leaf.dtype))
+
+
 def _squares(leaf: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
-  leaf = leaf.astype(_inner.wide(leaf.dtype))
+  leaf = _widen(leaf)
   return jnp.sum(leaf * leaf, axis=axes)
 
 
@@ -147,6 +157,7 @@ def flat_minima(
     same batch and the same randomness as the gradients passed in.
 
   Raises:
+    TypeError: for a radius that is no number and no schedule.
     ValueError: for a negative radius or eps, another `norm`, `combine` or
       `head_scale`, a combiner with state or without use; at `update` without
       `params` or `grad_fn`, and for leaves of another shape.
@@ -203,7 +214,7 @@ def flat_minima(
     scaled = grads
     if adaptive:
       scaled = [
-        g if label == _labels.FROZEN else jnp.abs(p) * g
+        g if label == _labels.FROZEN else jnp.abs(_widen(p)) * _widen(g)
         for g, p, label in zip(grads, params, partition.labels, strict=True)
       ]
     squares = _squared_norms(partition, scaled, axes)
@@ -223,9 +234,9 @@ def flat_minima(
       scale = (
         _inner.row(of_shared, g) if label == _labels.SHARED else of_heads[owner]
       )
-      stretch = p * p if adaptive else 1
-      step = scale * stretch * g.astype(_inner.wide(g.dtype))
-      moved.append((p + step).astype(p.dtype))
+      stretch = _widen(p) * _widen(p) if adaptive else 1
+      step = scale * stretch * _widen(g)
+      moved.append((_widen(p) + step).astype(p.dtype))
     return partition.tree(moved)
 
   def flat_part(partition, loss_grads, sam_grads):
@@ -268,7 +279,7 @@ def flat_minima(
     if combiner is not None and jax.tree.leaves(combiner.init(shared)):
       raise ValueError(
         'combiner must have no state (no seed, no num_tasks): the state of one '
-        f'call has no meaning for the next; got {combiner.init(shared)}'
+        'call has no meaning for the next'
       )
     loss = inner.init(shared)
     if head_scale == 'weights' and any(o is not None for o in partition.owners):

@@ -214,6 +214,8 @@ def from_gram(
     return updates, FromGramState(weights, gram, residual, key)
 
   def for_tasks(size):
+    if num_tasks not in (None, size):
+      raise ValueError(f'num_tasks is {num_tasks}, but there are {size} tasks')
     if num_tasks is not None:
       return lifted
     return from_gram(

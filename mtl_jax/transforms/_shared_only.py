@@ -45,7 +45,8 @@ def shared_only(
   """Aggregates the shared leaves and lets those of heads pass.
 
   Args:
-    aggregator: any aggregator; sees the shared leaves alone.
+    aggregator: any aggregator; sees the shared leaves alone. Its weights are in
+      the state whether or not it was made with `num_tasks`.
     task_names: the tasks, in the order of the task axis.
     param_labels: a tree of strings (a prefix of the parameters' tree will do)
       or a function from parameters to one: `'shared'`, a task's name, or
@@ -60,7 +61,8 @@ def shared_only(
     [*shape] out. Its state is that of `aggregator`.
 
   Raises:
-    ValueError: for another `head_scale`, for `'weights'` with a method without
+    ValueError: for another `head_scale`, for an aggregator of another number
+      of tasks, for `'weights'` with a method without
       weights, for labels that are no task; at `update` for leaves of another
       shape.
 
@@ -77,11 +79,9 @@ def shared_only(
     [0.308 0.462] [1.]
   """
   names = _labels.check_task_names(task_names)
-  inner = _aggregator.as_aggregator(aggregator)
+  inner = _aggregator.as_aggregator(aggregator).for_tasks(len(names))
   head_scale = inner.head_scale if head_scale is None else head_scale
   _aggregator.one_of('head_scale', head_scale, HEAD_SCALES)
-  if head_scale == 'weights':
-    inner = inner.for_tasks(len(names))
 
   def init(params):
     partition = _labels.Partition(param_labels, params, names)

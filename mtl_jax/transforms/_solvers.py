@@ -17,6 +17,12 @@ _ITERATIONS = 30
 # Relative ridge of the Newton matrix only. It keeps the factorisation alive for
 # linearly dependent gradients and leaves the point of convergence alone.
 _RIDGE = 1e-6
+# A shorter sum of gradients, in units of the shortest of them, is rounding.
+_SHORTEST = 1e-3
+# Newton's result is taken below this residual; bisection halves the logarithm
+# of the multiplier this often.
+_CONVERGED = 1e-5
+_HALVINGS = 22
 # Steps stop this far before the boundary of the positive orthant.
 _TO_BOUNDARY = 0.95
 _CENTRING = 0.15
@@ -200,13 +206,21 @@ def _two_tasks(gram, linear, radius) -> jax.Array:
 
 def conflict_averse(
   gram: jax.Array, active: jax.Array, c: float
-) -> _from_gram.Solution:
+) -> tuple[_from_gram.Solution, jax.Array]:
   r"""The dual of the conflict-averse direction.
 
   .. math::
     \min_{w \in \Delta} \; \langle g_w, g_0 \rangle + c \, |g_0| \, |g_w|
 
-  with :math:`g_0` the mean of the active task gradients.
+  with :math:`g_0` the mean of the active task gradients. The direction is
+  :math:`g_0 + \mu g_w` with :math:`\mu = c |g_0| / |g_w|`.
+
+  Newton steps on this function converge in nearly all cases; where
+  gradients conflict so much that the optimum is close to its kink
+  :math:`g_w = 0` they may not. The same point also minimises
+  :math:`\langle g_w, g_0 \rangle + \frac{\mu}{2} |g_w|^2`, a quadratic
+  function, for one :math:`\mu`, and :math:`\mu |g_w|` grows with :math:`\mu`:
+  bisection finds it then.
 
   Args:
     gram: [T, T].
@@ -214,59 +228,91 @@ def conflict_averse(
     c: radius of the ball around the mean gradient, relative to its length.
 
   Returns:
-    weights on the simplex [T] and the residual: how far a task's derivative
+    weights on the simplex [T] with the residual (how far a task's derivative
     lies below the weighted mean of all derivatives, relative to |g_0| times the
-    task's length times (1 + c). In closed form for two tasks.
+    task's length times (1 + c)), and the multiplier. In closed form for two
+    tasks. A :math:`g_w` shorter than a thousandth of the shortest gradient is
+    rounding and counts as that long: the direction is then inside the ball.
   """
   lengths, cos, usable = cosines(gram, active)
   size = gram.shape[0]
-  count = jnp.maximum(jnp.sum(active), 1)
   a = _relative(lengths, usable)
+  shortest = jnp.min(jnp.where(usable, lengths, jnp.inf))
+  shortest = jnp.where(jnp.any(usable), shortest, 1)
   # g_0 in units of the longest gradient, and the cosine of each task with it.
   longest = jnp.max(jnp.where(usable, lengths, 0))
   longest = jnp.where(longest > 0, longest, 1)
   share = jnp.where(usable, lengths / longest, 0)
-  mean_norm = jnp.sqrt(jnp.maximum(share @ cos @ share, 0))
-  with_mean = cos @ share / jnp.where(mean_norm > 0, mean_norm, 1)
+  mean = jnp.sqrt(jnp.maximum(share @ cos @ share, 0))
+  tilt = jnp.where(usable, cos @ share / jnp.where(mean > 0, mean, 1), 0)
+  # A variable that is out has only a quadratic of its own.
+  cos = jnp.where(usable[:, None] & usable[None, :], cos, 0)
+  out = jnp.diag(jnp.where(usable, 0.0, 1.0)).astype(gram.dtype)
 
-  # Below this |v' C v| is rounding, and the norm's derivative noise.
-  floor = 1e-10
+  # In v = w |g| / shortest: g_w has the squared length v' C v in units of the
+  # shortest gradient, and the function is tilt . v + c sqrt(v' C v).
+  def multiplier(v):
+    total = jnp.maximum(jnp.sum(v), jnp.finfo(v.dtype).tiny)
+    unit = v / total
+    norm = total * jnp.sqrt(jnp.maximum(unit @ cos @ unit, 0))
+    return c / jnp.maximum(norm, _SHORTEST)
+
+  def residual(v):
+    slopes = tilt + multiplier(v) * (cos @ v)
+    total = jnp.maximum(jnp.sum(v), jnp.finfo(v.dtype).tiny)
+    level = v @ slopes / total
+    # a v = w: a task of length |g| may lie below the level by its share of it.
+    shortfall = jnp.where(usable, level * total * a - slopes, 0)
+    return jnp.maximum(jnp.max(shortfall), 0) / (1 + c)
+
+  def on_simplex(v):
+    return _to_simplex(v, a) * jnp.where(usable, lengths / shortest, 0)
+
+  def newton():
+    def derivatives(v):
+      cv = cos @ v
+      norm = jnp.sqrt(jnp.maximum(v @ cv, 0) + 1e-10)
+      along = cv / norm
+      hessian = c * (cos - jnp.outer(along, along)) / norm + out
+      return tilt + c * along + out @ v, hessian
+
+    return on_simplex(_interior_point(derivatives, a))
+
+  def bisection():
+    def quadratic(mu):
+      matrix = mu * cos + out
+      return on_simplex(
+        _interior_point(lambda v: (tilt + matrix @ v, matrix), a)
+      )
+
+    def halve(bounds, _):
+      low, high = bounds
+      middle = jnp.sqrt(low) * jnp.sqrt(high)
+      too_large = multiplier(quadratic(middle)) < middle
+      return (
+        jnp.where(too_large, low, middle),
+        jnp.where(too_large, middle, high),
+      ), None
+
+    # g_w is never longer than the longest gradient.
+    smallest = jnp.min(jnp.where(usable, a, 1))
+    bounds = (c * smallest, jnp.asarray(c / _SHORTEST, gram.dtype))
+    (low, high), _ = jax.lax.scan(halve, bounds, None, length=_HALVINGS)
+    return quadratic(jnp.sqrt(low) * jnp.sqrt(high))
+
+  def second_try(v):
+    other = bisection()
+    return jnp.where(residual(other) < residual(v), other, v)
 
   if size == 1:
-    weights = usable.astype(gram.dtype)
+    v = usable.astype(gram.dtype)
   elif size == 2:
-    linear = with_mean * lengths
-    weights = jnp.where(
-      jnp.all(usable), _two_tasks(gram, linear, c), usable.astype(gram.dtype)
-    )
+    weights = _two_tasks(gram, tilt * lengths, c)
+    weights = jnp.where(jnp.all(usable), weights, usable.astype(gram.dtype))
+    v = weights * jnp.where(usable, lengths / shortest, 0)
   else:
-    # A variable that is out has only its own quadratic.
-    out = jnp.diag(jnp.where(usable, 0.0, 1.0)).astype(gram.dtype)
-    inner_cos = jnp.where(usable[:, None] & usable[None, :], cos, 0)
-    tilt = jnp.where(usable, with_mean, 0)
-
-    def derivatives(v):
-      cv = inner_cos @ v
-      norm = jnp.sqrt(jnp.maximum(v @ cv, 0) + floor)
-      gradient = tilt + c * cv / norm + out @ v
-      along = cv / norm
-      hessian = c * (inner_cos - jnp.outer(along, along)) / norm + out
-      return gradient, hessian
-
-    v = _interior_point(derivatives, jnp.where(usable, a, 0))
-    weights = _to_simplex(v, a)
-  # A zero gradient has the derivative zero: it holds the weight if no other
-  # direction has a negative one, which the caller's c < 1 cannot tell; its
-  # weight does not change the direction.
-  v = weights * lengths
-  total = jnp.maximum(jnp.sum(v), jnp.finfo(v.dtype).tiny)
-  unit = v / total
-  inner = cos @ unit
-  square = jnp.maximum(unit @ inner, 0)
-  norm = jnp.sqrt(jnp.where(square > floor, square, 1))
-  slopes = with_mean + c * jnp.where(square > floor, inner / norm, 0)
-  level = unit @ slopes
-  shortfall = jnp.where(usable, level * total / lengths - slopes, 0)
-  residual = jnp.maximum(jnp.max(shortfall), 0) / (1 + c)
-  residual = jnp.where(count > 1, residual, 0)
-  return _from_gram.Solution(weights.astype(gram.dtype), residual)
+    v = newton()
+    v = jax.lax.cond(residual(v) <= _CONVERGED, lambda v: v, second_try, v)
+  weights = (v * a).astype(gram.dtype)
+  scale = longest * mean / jnp.maximum(jnp.sum(active), 1) / shortest
+  return _from_gram.Solution(weights, residual(v)), multiplier(v) * scale

@@ -118,6 +118,29 @@ def test_unpacked_files_of_a_source_folder_are_found_too(tmp_path):
   assert found[idx.TEST_LABELS] == folder / f'{idx.TEST_LABELS}.gz'
 
 
+def test_a_file_of_another_dataset_is_refused_with_what_it_is(
+  tmp_path, monkeypatch
+):
+  folder = tmp_path / 'mnist'
+  folder.mkdir()
+  for file in idx.FILES:
+    (folder / file).write_bytes(file.encode())
+  assert len(idx.find_source(tmp_path, 'mnist')) == 4  # Known to be nothing.
+  path = folder / f'{idx.TRAIN_LABELS}.gz'
+  path.write_bytes(gzip.compress(b'labels of clothes'))
+  monkeypatch.setattr(
+    idx,
+    'SHA256',
+    {'fashion_mnist': {idx.TEST_LABELS: idx.fingerprint(path)}},
+  )
+  with pytest.raises(
+    ValueError,
+    match=f'{path} is {idx.TEST_LABELS} of fashion_mnist, expected '
+    f'{idx.TRAIN_LABELS} of mnist',
+  ):
+    idx.find_source(tmp_path, 'mnist')
+
+
 def test_an_unknown_dataset_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"name must be one of.*'cifar'"):
     idx.find_source(tmp_path, 'cifar')

@@ -224,6 +224,26 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_from_it(
   assert times[-1] > stopped_at
 
 
+def test_evaluation_made_up_for_is_logged_once_whenever_the_run_dies(
+  reference, tmp_path, monkeypatch
+):
+  with monkeypatch.context() as patch:
+    _raise_signal_at(patch, signal.SIGTERM, 64)
+    with pytest.raises(stopping.Interrupted):
+      loop.train(_config(), tmp_path)
+
+  def die(self, start_step):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(experiments.Experiment, 'train_batches', die)
+    with pytest.raises(KeyboardInterrupt):
+      loop.train(_config(), tmp_path)
+  assert 'test/task_1/loss' in _lines(tmp_path)[-1]
+  loop.train(_config(), tmp_path)
+  _assert_same_run(tmp_path, reference)
+
+
 def test_step_is_compiled_once_in_a_run(reference, compiled):
   del reference
   for name in ('step_and_add', 'eval_and_add'):
@@ -417,6 +437,16 @@ def test_task_without_any_label_has_no_mean():
     ('batch_size', 12, 'batch_size must be a positive multiple of 8'),
     ('epochs', 0, 'epochs must be positive, got 0'),
     ('log_every_steps', 0, 'log_every_steps must be positive, got 0'),
+    ('keep_checkpoints', 0, 'keep_checkpoints must be positive, got 0'),
+    ('data', {'split': 'papr'}, r"data\.split must be one of .*'papr'"),
+    ('data', {'kind': 'reel'}, r"data\.kind must be one of .*'reel'"),
+    (
+      'data',
+      {'kind': 'real', 'split': 'paper'},
+      r"multi_digits .* data\.split must be 'holdout', got 'paper'",
+    ),
+    ('engine', 'roll', "engine must be one of .*'roll'"),
+    ('precision', 'hihgest', "precision must be one of .*'hihgest'"),
     ('problem', 'multi_digit', "'multi_digits'"),
   ],
 )

@@ -100,10 +100,30 @@ def test_a_value_out_of_range_is_named(key, value):
     optimizer.make_tx(_config(**{key: value}), NAMES, total_steps=10)
 
 
-def test_an_unknown_aggregator_is_named():
+@pytest.mark.parametrize(
+  'name',
+  [
+    *('cagrade', 'diagnostics', 'Solution', 'ParamLabels', 'default_labels'),
+    *('flat_minima', 'shared_only', 'from_gram', 'Aggregator'),
+  ],
+)
+def test_a_name_that_is_no_aggregators_is_refused_with_those_there_are(name):
   config = _config()
-  config.method.aggregator = 'cagrade'
-  with pytest.raises(ValueError, match='cagrade'):
+  config.method.aggregator = name
+  with pytest.raises(
+    ValueError,
+    match=r"\('cagrad', 'imtl_g', 'linear', 'mgda', 'pcgrad'\), got "
+    f"'{name}'",
+  ):
+    optimizer.make_tx(config, NAMES, total_steps=10)
+
+
+def test_head_scale_that_a_flat_method_does_not_use_is_refused():
+  config = _config()
+  with config.unlocked():
+    config.method.head_scale = 'mean'
+    config.method.flat = {'rho': 0.1}
+  with pytest.raises(ValueError, match=r"'mean'.*set method\.flat\.head_scale"):
     optimizer.make_tx(config, NAMES, total_steps=10)
 
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+import methods
 import numpy as np
 import pytest
 import quadratics
@@ -18,7 +19,8 @@ INPUTS = HIDDEN = 8
 
 # All methods go into one program a place, for compiling it is what these tests
 # cost. What LLVM's optimisations find changes no number beyond rounding.
-METHODS = {m.name: m for m in quadratics.FACTORIES}
+NEEDING_LOSSES = [m for m in methods.METHODS if m.needs_losses][:1]
+METHODS = {m.name: m for m in (*quadratics.FACTORIES, *NEEDING_LOSSES)}
 jit = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}
 )

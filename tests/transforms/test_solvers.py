@@ -10,7 +10,14 @@ from scipy import optimize
 from mtl_jax.transforms import _solvers
 
 _MIN_NORM = jax.jit(_solvers.min_norm)
-_CONFLICT_AVERSE = jax.jit(_solvers.conflict_averse, static_argnums=2)
+
+
+def _conflict_averse(gram, active, c):
+  return _solvers.conflict_averse(gram, active, c)[0]
+
+
+_CONFLICT_AVERSE = jax.jit(_conflict_averse, static_argnums=2)
+_SOLVE = jax.jit(_solvers.conflict_averse, static_argnums=2)
 
 
 def _rows(kind, size, dimensions=60, seed=0):
@@ -146,6 +153,28 @@ def test_conflict_averse_finds_the_least_dual_value(size, kind, c):
   assert found.residual <= 1e-4
 
 
+@pytest.mark.parametrize('c', [0.4, 0.9])
+@pytest.mark.parametrize('kind', ['plain', 'scaled'])
+@pytest.mark.parametrize(('size', 'dimensions'), [(3, 2), (10, 3), (40, 2)])
+def test_conflict_averse_direction_is_best_among_many_conflicting_tasks(
+  size, dimensions, kind, c
+):
+  # So few dimensions put the optimum close to the kink of the dual, where
+  # Newton steps alone do not find it.
+  for seed in range(8):
+    J = _rows(kind, size, dimensions, seed)
+    found, multiplier = _SOLVE(_gram(J), jnp.ones(size, bool), c)
+    assert found.residual <= 1e-4
+    direction = (
+      J.mean(axis=0)
+      + float(multiplier) * np.asarray(found.weights, np.float64) @ J
+    )
+    best = references.conflict_averse_direction(J, c)
+    scale = np.linalg.norm(J.mean(axis=0)) * np.linalg.norm(J, axis=1).min()
+    gain = (J @ best).min()
+    assert (J @ direction).min() >= gain - 1e-4 * abs(gain) - 2e-3 * scale
+
+
 @pytest.mark.parametrize('kind', ['plain', 'scaled', 'aligned_scaled'])
 def test_conflict_averse_conditions_hold_for_forty_tasks(kind):
   c, size = 0.4, 40
@@ -170,7 +199,7 @@ def test_batch_of_problems_has_the_solutions_of_each(solver, size):
     ),
     'conflict_averse': (
       lambda gram: _CONFLICT_AVERSE(gram, active, 0.5),
-      jax.vmap(lambda gram: _solvers.conflict_averse(gram, active, 0.5)),
+      jax.vmap(lambda gram: _conflict_averse(gram, active, 0.5)),
     ),
   }[solver]
   grams = jnp.stack([_gram(_rows('plain', size, seed=s)) for s in range(4)])
