@@ -59,6 +59,7 @@ def _relative(lengths: jax.Array, usable: jax.Array) -> jax.Array:
 def _interior_point(
   derivatives: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
   a: jax.Array,
+  start: jax.Array | None = None,
 ) -> jax.Array:
   r"""Minimises a convex function over {v >= 0, a . v = 1}.
 
@@ -70,6 +71,8 @@ def _interior_point(
     derivatives: `v [T] -> gradient [T], Hessian [T, T]`.
     a: [T], non-negative with at least one positive entry. A variable whose
       entry is zero should have a positive definite Hessian of its own.
+    start: v [T] to begin at, positive with a . v = 1; one with equal a_i v_i if
+      None.
 
   Returns:
     v [T], positive.
@@ -77,6 +80,7 @@ def _interior_point(
   size = a.shape[0]
   count = jnp.maximum(jnp.sum(a > 0), 1)
   v = jnp.where(a > 0, 1 / jnp.where(a > 0, a, 1), 1) / count
+  v = v if start is None else start
   gradient, _ = derivatives(v)
   y = jnp.full_like(v, jnp.max(jnp.abs(gradient)) + 1e-3)
 
@@ -149,7 +153,11 @@ def min_norm(gram: jax.Array, active: jax.Array) -> _from_gram.Solution:
       jnp.all(usable), _two_tasks(gram, None, None), usable.astype(gram.dtype)
     )
   else:
-    v = _interior_point(lambda v: (cos @ v, cos), jnp.where(usable, a, 0))
+    # Equal v, not equal weights: a gradient that is longer by orders of
+    # magnitude would begin that far from its optimum. The largest a_i is 1.
+    a = jnp.where(usable, a, 0)
+    start = jnp.full_like(a, 1 / jnp.maximum(jnp.sum(a), 1))
+    v = _interior_point(lambda v: (cos @ v, cos), a, start)
     weights = _to_simplex(v, a)
   # A task whose gradient is zero is a minimum by itself.
   some_zero = jnp.any(zero)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import references
 
 import mtl_jax
@@ -201,6 +202,23 @@ METHODS = (
 )
 
 
+ALL = [pytest.param(m, id=m.name) for m in METHODS]
+DETERMINISTIC = [pytest.param(m, id=m.name) for m in METHODS if not m.random]
+RANDOM = [pytest.param(m, id=m.name) for m in METHODS if m.random]
+NEEDS_LOSSES = [pytest.param(m, id=m.name) for m in METHODS if m.needs_losses]
+
+# Three tasks of which each conflicts with the others, so that nothing a method
+# does is left out.
+CONFLICTING = np.array(
+  [
+    [2.0, -0.5, -0.4, 0.3, 0.1],
+    [-0.6, 1.0, -0.5, 0.2, -0.3],
+    [-0.5, -0.3, 0.7, -0.4, 0.2],
+  ],
+  np.float32,
+)
+
+
 class Compiled(NamedTuple):
   """A method with `num_tasks`, jitted once for all tests.
 
@@ -263,6 +281,20 @@ def run(method, J, *, losses=None, active=None, tasks=None, state=None):
   losses = jnp.asarray(losses, jnp.float32)
   updates, state = method.update(J, state, losses, active)
   return np.asarray(updates), state
+
+
+def close(actual, expected, J, tolerance=1e-5):
+  """Raises unless equal up to rounding relative to the longest gradient."""
+  size = np.linalg.norm(np.asarray(J, np.float64), axis=1).max()
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * size)
+
+
+def structure(state):
+  """What must not change from one update to the next."""
+  shapes = jax.tree.map(jax.typeof, state)
+  return jax.tree.structure(shapes), [
+    (x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(shapes)
+  ]
 
 
 def matrix(size, dimensions, seed=0):

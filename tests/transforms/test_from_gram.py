@@ -79,3 +79,24 @@ def test_weights_of_another_shape_are_refused():
 def test_number_of_tasks_must_be_positive(num_tasks):
   with pytest.raises(ValueError, match=f'num_tasks.*{num_tasks}'):
     mtl_jax.from_gram(lambda gram, **_: gram[0], num_tasks=num_tasks)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_inner_products_and_sums_of_short_floats_are_made_in_float32(dtype):
+  # Adding ones in bfloat16 ends at 256 and in float16 at 2048; a small square
+  # vanishes in float16.
+  ones = jnp.stack([jnp.ones(4096), jnp.full(4096, 1e-4)]).astype(dtype)
+  tx = mtl_jax.from_gram(
+    lambda gram, *, losses, active: jnp.array([1.0, 1e4]), num_tasks=2
+  )
+  update, state = tx.update(ones, tx.init(ones[0]))
+  small = float(ones[1, 0])
+  np.testing.assert_allclose(
+    state.gram,
+    4096 * np.array([[1, small], [small, small**2]]),
+    rtol=1e-4,
+  )
+  assert (update.dtype, state.gram.dtype) == (dtype, jnp.float32)
+  np.testing.assert_allclose(
+    update.astype(jnp.float32), 1 + 1e4 * small, rtol=2**-8
+  )

@@ -12,12 +12,11 @@ from mtl_jax.transforms import _solvers
 _MIN_NORM = jax.jit(_solvers.min_norm)
 
 
+_SOLVE = jax.jit(_solvers.conflict_averse)
+
+
 def _conflict_averse(gram, active, c):
-  return _solvers.conflict_averse(gram, active, c)[0]
-
-
-_CONFLICT_AVERSE = jax.jit(_conflict_averse, static_argnums=2)
-_SOLVE = jax.jit(_solvers.conflict_averse, static_argnums=2)
+  return _SOLVE(gram, active, c)[0]
 
 
 def _rows(kind, size, dimensions=60, seed=0):
@@ -144,7 +143,7 @@ def _dual(J, c):
 @pytest.mark.parametrize('size', [2, 3, 10])
 def test_conflict_averse_finds_the_least_dual_value(size, kind, c):
   J = _rows(kind, size)
-  found = _CONFLICT_AVERSE(_gram(J), jnp.ones(size, bool), c)
+  found = _conflict_averse(_gram(J), jnp.ones(size, bool), c)
   weights = np.asarray(found.weights, np.float64)
   assert weights.min() >= 0
   np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
@@ -179,7 +178,7 @@ def test_conflict_averse_direction_is_best_among_many_conflicting_tasks(
 def test_conflict_averse_conditions_hold_for_forty_tasks(kind):
   c, size = 0.4, 40
   J = _rows(kind, size)
-  found = _CONFLICT_AVERSE(_gram(J), jnp.ones(size, bool), c)
+  found = _conflict_averse(_gram(J), jnp.ones(size, bool), c)
   w = np.asarray(found.weights, np.float64)
   mean, d = J.mean(axis=0), w @ J
   slope = J @ mean + c * np.linalg.norm(mean) / np.linalg.norm(d) * (J @ d)
@@ -198,8 +197,8 @@ def test_batch_of_problems_has_the_solutions_of_each(solver, size):
       jax.vmap(lambda gram: _solvers.min_norm(gram, active)),
     ),
     'conflict_averse': (
-      lambda gram: _CONFLICT_AVERSE(gram, active, 0.5),
-      jax.vmap(lambda gram: _conflict_averse(gram, active, 0.5)),
+      lambda gram: _conflict_averse(gram, active, 0.5),
+      jax.vmap(lambda gram: _solvers.conflict_averse(gram, active, 0.5)[0]),
     ),
   }[solver]
   grams = jnp.stack([_gram(_rows('plain', size, seed=s)) for s in range(4)])
