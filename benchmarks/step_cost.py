@@ -27,14 +27,14 @@ from mtl_jax import models
 from mtl_jax import problems
 from mtl_jax.train import step as step_lib
 
-METHODS = ('linear', 'cagrad', 'f_linear', 'f_cagrad')
+METHODS = ('linear', 'cagrad', 'f_cagrad')
 ENGINES = ('unroll', 'vmap', 'scan')
 
 
 def make_tx(method, names):
   """The transformation of a benchmarked method, with Adam after it."""
-  base = {'linear': mtl_jax.linear, 'cagrad': mtl_jax.cagrad}
-  aggregator = base[method.removeprefix('f_')](num_tasks=len(names))
+  factory = getattr(mtl_jax, method.removeprefix('f_'))
+  aggregator = factory(num_tasks=len(names))
   if method.startswith('f_'):
     aggregator = mtl_jax.flat_minima(aggregator, names, 0.05, norm='joint')
   else:

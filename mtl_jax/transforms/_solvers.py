@@ -115,8 +115,8 @@ def _interior_point(
     )
     return carry, None
 
-  start = (v, y, jnp.zeros((), a.dtype))
-  (v, _, _), _ = jax.lax.scan(step, start, None, length=_ITERATIONS)
+  first = (v, y, jnp.zeros((), a.dtype))
+  (v, _, _), _ = jax.lax.scan(step, first, None, length=_ITERATIONS)
   return v
 
 
