@@ -129,7 +129,8 @@ def from_gram(
     seed: an int or a typed key, for a random method.
     axis_name: axis of replicas inside `pmap` or `shard_map`; task gradients and
       losses are averaged over it first.
-    reduce: `'mean'` or `'sum'` over `axis_name`.
+    reduce: `'mean'` or `'sum'` over `axis_name`. Losses that are global already
+      must not be summed again: pass each replica's own.
     shard_axis: axis over which the parameters are sharded; inner products are
       summed over it.
     head_scale: default of `shared_only` for this aggregator.
