@@ -78,6 +78,19 @@ def test_forty_tasks_that_meet_in_pairs_have_one_update(method):
   methods.close(update, right, J)
 
 
+@pytest.mark.parametrize('method', methods.RANDOM)
+def test_gradient_is_not_projected_on_its_own_task(method):
+  # At 0, 150 and 210 degrees. Two projections of the first turn it by 120
+  # degrees, so that it conflicts with what it was.
+  angles = np.deg2rad([0, 150, 210])
+  J = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+  right = method.right(J, methods.LOSSES[:3], range(3))
+  state = None
+  for _ in range(30):
+    update, state = methods.run(method, J, state=state)
+    assert np.abs(right - update).max(axis=1).min() <= 1e-5
+
+
 def test_imtl_g_of_dependent_gradients_shares_the_weight_by_hand():
   # The first and the third point the same way with lengths 1 and 4: their unit
   # vectors share the weight of the one, and 1/2 : 1/2 : 1/8 is w before its
