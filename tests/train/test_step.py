@@ -28,14 +28,13 @@ _FLAT = {
 
 
 def _config(name, **flat):
-  separate = name.endswith('stl')
   aggregator = name.removeprefix('f_').replace('stl', 'linear')
   return ml_collections.ConfigDict(
     {
       'method': {
         'aggregator': aggregator,
         'kwargs': {'c': 0.4} if aggregator == 'cagrad' else {},
-        'head_scale': 'none' if separate else None,
+        'head_scale': 'none' if name == 'stl' else None,
         'flat': {**_FLAT, **flat} if name.startswith('f_') else None,
       },
       'optimizer': {
