@@ -100,6 +100,9 @@ def make_config(
         'clip': _optional(float, None),
         # Decoupled: no part of the loss, so no part of the perturbation.
         'weight_decay': 0.0,
+        # How many steps in a row may be left out because their update is not
+        # finite; None leaves none out.
+        'skip_nonfinite': _optional(int, None),
       },
       'batch_size': 256,
       'epochs': 1,

@@ -1,10 +1,14 @@
 """The methods, one entry each: what `method=NAME` stands for.
 
-`aggregator` is the name of a factory in `mtl_jax.transforms` and `kwargs` are
-its arguments. `sharing` tells whether the tasks share a trunk (`'shared'`, the
-default) or have one each (`'separate'`). Every name also exists with `f_` in
-front: the same aggregator inside `mtl_jax.transforms.flat_minima`, with the
-radius and options that the problem's config gives.
+An entry names a factory in `mtl_jax.transforms`: an `aggregator` of task
+gradients, or a `weighting` of losses, which costs one backward pass (a bilevel
+one a few more). `kwargs` are its arguments, where they are not the factory's
+defaults or worth seeing. `sharing` tells whether the tasks share a trunk
+(`'shared'`, the default) or have one each (`'separate'`).
+
+Every name but those of bilevel weightings also exists with `f_` in front: the
+same method inside `mtl_jax.transforms.flat_minima`, with the radius and options
+that the problem's config gives. A weighting then costs a backward pass a task.
 """
 
 from collections.abc import Mapping
@@ -12,7 +16,7 @@ from typing import Any
 
 from configs import common
 
-METHODS: Mapping[str, Mapping[str, Any]] = {
+AGGREGATORS: Mapping[str, Mapping[str, Any]] = {
   # Single-task learning: independent networks, trained side by side. Their
   # heads are not scaled by 1 / T: each sees the gradient of its own loss.
   'stl': {
@@ -22,10 +26,73 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
   },
   'linear': {'aggregator': 'linear'},
   'mgda': {'aggregator': 'mgda', 'kwargs': {'normalization': 'none'}},
+  'mgda_l2': {'aggregator': 'mgda', 'kwargs': {'normalization': 'l2'}},
+  'mgda_loss': {'aggregator': 'mgda', 'kwargs': {'normalization': 'loss'}},
+  'mgda_loss+': {'aggregator': 'mgda', 'kwargs': {'normalization': 'loss+'}},
   'pcgrad': {'aggregator': 'pcgrad', 'kwargs': {'reduction': 'sum'}},
+  'gradvac': {'aggregator': 'gradvac'},
+  'graddrop': {'aggregator': 'graddrop'},
   'cagrad': {'aggregator': 'cagrad', 'kwargs': {'c': 0.4, 'rescale': 'none'}},
   'imtl_g': {'aggregator': 'imtl_g'},
+  'nash_mtl': {'aggregator': 'nash_mtl'},
+  'fairgrad': {'aggregator': 'fairgrad', 'kwargs': {'alpha': 2.0}},
+  'aligned_mtl': {'aggregator': 'aligned_mtl'},
+  'upgrad': {'aggregator': 'upgrad'},
+  'dualproj': {'aggregator': 'dualproj'},
+  'con_fig': {'aggregator': 'con_fig'},
+  'sdmgrad': {'aggregator': 'sdmgrad'},
+  'moco': {'aggregator': 'moco'},
+  'modo': {'aggregator': 'modo'},
+  'cr_mogm': {'aggregator': 'cr_mogm'},
+  'db_mtl': {'aggregator': 'db_mtl'},
+  'gradnorm': {'aggregator': 'gradnorm'},
+  'excess_mtl': {'aggregator': 'excess_mtl'},
+  'conicgrad': {'aggregator': 'conicgrad'},
+  'krum': {'aggregator': 'krum'},
+  'trimmed_mean': {'aggregator': 'trimmed_mean'},
+  'random_weights': {'aggregator': 'random_weights'},
 }
+
+WEIGHTINGS: Mapping[str, Mapping[str, Any]] = {
+  'equal': {'weighting': 'equal_weights'},
+  # For two tasks; any other split is a value of the command line away.
+  'static': {
+    'weighting': 'static_weights',
+    'kwargs': {'weights': (0.6, 0.4)},
+  },
+  'uncertainty': {'weighting': 'uncertainty'},
+  'dwa': {'weighting': 'dwa', 'kwargs': {'temperature': 2.0}},
+  'rlw': {'weighting': 'rlw'},
+  'gls': {'weighting': 'gls'},
+  'si': {'weighting': 'si'},
+  'imtl_l': {'weighting': 'imtl_l'},
+  'stch': {'weighting': 'stch'},
+  'famo': {'weighting': 'famo'},
+  'dtp': {'weighting': 'dtp'},
+  'cosmos': {'weighting': 'cosmos'},
+  'pbi': {'weighting': 'pbi'},
+  'first_then': {
+    'weighting': 'first_then',
+    'kwargs': {'first': 'equal_weights', 'steps': 200, 'then': 'si'},
+  },
+}
+
+BILEVEL: Mapping[str, Mapping[str, Any]] = {
+  'auto_lambda': {'weighting': 'auto_lambda'},
+  'moml': {'weighting': 'moml'},
+  'forum': {'weighting': 'forum'},
+}
+
+METHODS: Mapping[str, Mapping[str, Any]] = {
+  **AGGREGATORS,
+  **WEIGHTINGS,
+  **BILEVEL,
+}
+
+NAMES = (
+  *METHODS,
+  *(f'f_{name}' for name in METHODS if name not in BILEVEL),
+)
 
 _FLAT = {
   'rho': 0.05,
@@ -40,25 +107,25 @@ def entry(name: str, **flat: Any) -> dict[str, Any]:
   """The values of a method.
 
   Args:
-    name: a name in `METHODS`, or one with `f_` before it.
+    name: one of `NAMES`.
     **flat: what the problem sets of `rho`, `rho_heads`, `adaptive`, `norm`,
       `combine` and `head_scale`; used by the methods with `f_` only.
 
   Returns:
-    `{'name', 'aggregator', 'kwargs', 'head_scale', 'flat', 'sharing'}`. `flat`
-    is None for a method without `f_`; `head_scale` None means the aggregator's
-    own default.
+    `{'name', 'aggregator', 'weighting', 'kwargs', 'head_scale', 'flat',
+    'sharing'}`. One of `aggregator` and `weighting` is None. `flat` is None for
+    a method without `f_`; `head_scale` None means the method's own default.
 
   Raises:
     ValueError: if there is no such method; it tells the nearest.
   """
-  names = [*METHODS, *(f'f_{key}' for key in METHODS)]
-  common.check_known(name, names, 'method')
+  common.check_known(name, NAMES, 'method')
   flat_minima = name.startswith('f_')
   values = METHODS[name.removeprefix('f_')]
   return {
     'name': name,
-    'aggregator': values['aggregator'],
+    'aggregator': values.get('aggregator'),
+    'weighting': values.get('weighting'),
     'kwargs': dict(values.get('kwargs', {})),
     'head_scale': None if flat_minima else values.get('head_scale'),
     'flat': {**_FLAT, 'rho_heads': None, **flat} if flat_minima else None,

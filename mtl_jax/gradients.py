@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mtl_jax import slices as slicing
 from mtl_jax import transforms
 from mtl_jax import types
 from mtl_jax.transforms import _aggregator
@@ -132,7 +133,7 @@ def task_grad(
     """The losses as a tuple of T scalars, and aux."""
     out = loss_fn(params, *args)
     losses, aux = out if has_aux else (out, None)
-    return _as_scalars(losses, names), aux
+    return as_scalars(losses, names), aux
 
   def at(params, *args):
     parts = _Parts(param_labels, params, names)
@@ -231,7 +232,8 @@ def task_grad(
   return _accumulated(TaskGrad(at, at_each), names, param_labels, micro_batches)
 
 
-def _as_scalars(losses: Any, names: tuple[str, ...]) -> tuple[jax.Array, ...]:
+def as_scalars(losses: Any, names: tuple[str, ...]) -> tuple[jax.Array, ...]:
+  """Losses, as a loss function returns them, in the order of the tasks."""
   if isinstance(losses, Mapping):
     if set(losses) != set(names):
       raise ValueError(
@@ -306,8 +308,8 @@ def _accumulated(task_grad_fns, names, param_labels, slices) -> TaskGrad:
       fn: `(params, batch, *args) -> (losses, aux, task_grads)`.
     """
     partition = _labels.Partition(param_labels, params, names)
-    cut = jax.tree.map(lambda x: _cut(x, slices), batch)
-    counts = _label_counts(cut, names, slices)
+    cut = slicing.cut(batch, slices)
+    counts = slicing.label_counts(cut, names, slices)
     total = jnp.sum(counts, axis=0, keepdims=True)
     weights = counts / jnp.maximum(total, 1)
 
@@ -361,32 +363,3 @@ def _accumulated(task_grad_fns, names, param_labels, slices) -> TaskGrad:
     return losses, grads
 
   return TaskGrad(at, at_each)
-
-
-def _cut(x: jax.Array, slices: int) -> jax.Array:
-  """[B, ...] as [slices, B / slices, ...]; row r is in slice r mod slices.
-
-  Neighbouring rows lie on one device where the batch is sharded; taking every
-  n-th of them leaves each slice spread over all devices.
-  """
-  if not jnp.shape(x) or x.shape[0] % slices:
-    raise ValueError(
-      f'micro_batches={slices} must divide the leading axis of every leaf of '
-      f'the batch, got shape {jnp.shape(x)}'
-    )
-  x = x.reshape(x.shape[0] // slices, slices, *x.shape[1:])
-  return jnp.swapaxes(x, 0, 1)
-
-
-def _label_counts(cut: Any, names: tuple[str, ...], slices: int) -> jax.Array:
-  """Number of present labels [slices, T]; ones where the batch has no masks."""
-  masks = cut.get('mask', {}) if isinstance(cut, Mapping) else {}
-  counts = [
-    jnp.sum(
-      masks[task].astype(jnp.float32), axis=tuple(range(1, masks[task].ndim))
-    )
-    if task in masks
-    else jnp.ones(slices)
-    for task in names
-  ]
-  return jnp.stack(counts, axis=1)

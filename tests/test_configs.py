@@ -22,7 +22,7 @@ _NAMES = [*methods.METHODS, *(f'f_{name}' for name in methods.METHODS)]
 def test_every_method_of_every_config_can_be_built(config, name):
   values = _CONFIGS[config].get_config(f'method={name}')
   tasks = problems.by_name(values.problem).task_names
-  tx = optimizer.make_tx(values, tasks, total_steps=10)
+  tx = optimizer.make_optimizer(values, tasks, total_steps=10).tx
   assert tx.init({'shared': {}, 'heads': {task: {} for task in tasks}})
   assert (values.method.flat is not None) == name.startswith('f_')
   assert values.method.name == name

@@ -9,11 +9,14 @@ import pytest
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _BELOW_PROBLEMS = {'types', 'data', 'models', 'losses', 'metrics'}
-_BELOW_TRAIN = _BELOW_PROBLEMS | {'transforms', 'gradients', 'problems'}
+_GRADIENTS = {'slices', 'gradients', 'weighted_gradients'}
+_BELOW_TRAIN = _BELOW_PROBLEMS | _GRADIENTS | {'transforms', 'problems'}
 ALLOWED = {
   'types': set(),
   'transforms': set(),
-  'gradients': {'types', 'transforms'},
+  'slices': set(),
+  'gradients': {'types', 'transforms', 'slices'},
+  'weighted_gradients': {'types', 'transforms', 'slices', 'gradients'},
   'data': {'types'},
   'models': {'types'},
   'losses': {'types'},
@@ -23,7 +26,7 @@ ALLOWED = {
   'report': {'types', 'metrics'},
   'main': _BELOW_TRAIN | {'train', 'report'},
   'predict': _BELOW_TRAIN | {'train', 'report'},
-  '__init__': {'gradients', 'transforms'},
+  '__init__': {'gradients', 'weighted_gradients', 'transforms'},
 }
 
 
@@ -71,7 +74,9 @@ def test_package_imports_only_what_the_table_allows(package):
 
 def test_transforms_need_jax_numpy_and_optax_alone():
   allowed = {'jax', 'numpy', 'optax', 'mtl_jax'} | sys.stdlib_module_names
-  for path in _files('transforms') + _files('gradients'):
+  for path in [
+    path for name in ('transforms', *_GRADIENTS) for path in _files(name)
+  ]:
     used = {module.split('.')[0] for module, _ in _imports(path)}
     assert used <= allowed, path
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from mtl_jax import models
 from mtl_jax import problems
+from mtl_jax import transforms
 from mtl_jax import types
 from mtl_jax.data import pipeline
 from mtl_jax.train import distributed
@@ -186,7 +187,15 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   sources = _load(problem, config.data)
   epoch = pipeline.steps_per_epoch(sources['train'], config.batch_size)
   total_steps = config.epochs * epoch
-  tx = optimizer.make_tx(config, problem.task_names, total_steps)
+  tx, weighting, extra_batches, after_step = optimizer.make_optimizer(
+    config, problem.task_names, total_steps, steps_per_epoch=epoch
+  )
+  slices = 1 + extra_batches
+  if isinstance(weighting, transforms.BilevelWeighting):
+    slices = 2
+  distributed.check_batch_size(
+    config.batch_size, mesh, config.micro_batches * slices
+  )
   step = steps.make_train_step(
     problem,
     model,
@@ -194,11 +203,17 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
     seed=config.seed,
     engine=config.engine,
     micro_batches=config.micro_batches,
+    extra_batches=extra_batches,
+    weighting=weighting,
+    lookahead=config.optimizer.learning_rate,
+    after_step=after_step,
   )
   eval_step = steps.make_eval_step(problem, model)
 
   def init(batch):
-    return steps.init_state(problem, model, tx, seed=config.seed, batch=batch)
+    return steps.init_state(
+      problem, model, tx, seed=config.seed, batch=batch, weighting=weighting
+    )
 
   def step_and_add(state, batch):
     train, metrics = step(state.train, batch)

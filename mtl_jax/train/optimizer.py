@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import inspect
+import typing
 from typing import Any
 
 import optax
@@ -12,45 +13,108 @@ _SCHEDULES = ('constant', 'cosine', 'step')
 
 
 def make_aggregator(
-  method: Any, task_names: Sequence[str], seed: int = 0
-) -> transforms.Aggregator:
+  method: Any, task_names: Sequence[str], seed: int = 0, **given: Any
+) -> transforms.Aggregator | None:
   """The method of a config over shared parameters and heads.
 
   Args:
     method: an entry of `configs/methods.py`: `aggregator` (a name in
-      `mtl_jax.transforms`), `kwargs`, `head_scale` and `flat`, the arguments of
-      `flat_minima` or None.
+      `mtl_jax.transforms`) or `weighting`, `kwargs`, `head_scale` and `flat`,
+      the arguments of `flat_minima` or None.
     task_names: the tasks.
     seed: given to a random method whose `kwargs` name none.
+    **given: see `make_weighting`.
 
   Returns:
-    An aggregator over the whole tree of parameters, with diagnostics.
+    An aggregator over the whole tree of parameters, with diagnostics; None for
+    a weighting by itself, which needs no task gradients.
 
   Raises:
-    ValueError: if there is no aggregator of that name, or `head_scale` is given
-      beside `flat`, which has its own.
+    ValueError: if there is no aggregator or weighting of that name, or
+      `head_scale` is given beside `flat`, which has its own.
   """
-  names = tuple(filter(_makes_aggregator, transforms.__all__))
-  if method.aggregator not in names:
-    raise ValueError(
-      f'method.aggregator must be one of {names}, got {method.aggregator!r}'
-    )
   if method.flat is not None and method.head_scale is not None:
     raise ValueError(
       f'method.head_scale is {method.head_scale!r}, which a method with '
       'method.flat does not use; set method.flat.head_scale'
     )
-  factory = getattr(transforms, method.aggregator)
-  kwargs = dict(method.kwargs)
-  if 'seed' in inspect.signature(factory).parameters:
-    kwargs.setdefault('seed', seed)
-  aggregator = factory(**kwargs, num_tasks=len(task_names))
+  if method.weighting is None:
+    names = tuple(filter(_makes_aggregator, transforms.__all__))
+    if method.aggregator not in names:
+      raise ValueError(
+        f'method.aggregator must be one of {names}, got {method.aggregator!r}'
+      )
+    factory = getattr(transforms, method.aggregator)
+    aggregator = factory(
+      **_arguments(factory, method.kwargs, seed=seed),
+      num_tasks=len(task_names),
+    )
+  elif method.flat is None:
+    return None
+  else:
+    weighting = make_weighting(method, seed, **given)
+    if isinstance(weighting, transforms.BilevelWeighting):
+      raise ValueError(
+        f'method.weighting is {method.weighting!r}, which learns its weights '
+        'with a look-ahead of its own and has no flat-minima version'
+      )
+    aggregator = transforms.weighted(weighting, num_tasks=len(task_names))
   if method.flat is None:
     return transforms.shared_only(
       aggregator, task_names, head_scale=method.head_scale
     )
   flat = dict(method.flat)
   return transforms.flat_minima(aggregator, task_names, flat.pop('rho'), **flat)
+
+
+def make_weighting(
+  method: Any, seed: int = 0, **given: Any
+) -> transforms.LossWeighting | transforms.BilevelWeighting | None:
+  """The loss weighting of a config; None for an aggregator.
+
+  Args:
+    method: an entry of `configs/methods.py`: `weighting`, a name in
+      `mtl_jax.transforms` or None, and `kwargs`. An argument that is itself a
+      weighting is given by its name.
+    seed: given to a random method whose `kwargs` name none.
+    **given: further arguments for factories that take them and whose `kwargs`
+      do not name them, such as `steps_per_epoch`.
+
+  Returns:
+    The weighting.
+
+  Raises:
+    ValueError: if there is no weighting of that name.
+  """
+  if method.weighting is None:
+    return None
+  return _weighting_by_name(
+    method.weighting, method.kwargs, {'seed': seed, **given}
+  )
+
+
+def _weighting_by_name(name, kwargs, given):
+  names = tuple(filter(_makes_weighting, transforms.__all__))
+  if name not in names:
+    raise ValueError(f'method.weighting must be one of {names}, got {name!r}')
+  factory = getattr(transforms, name)
+  hints = typing.get_type_hints(factory)
+  values = {
+    key: _weighting_by_name(value, {}, given)
+    if hints.get(key) is transforms.LossWeighting
+    else value
+    for key, value in dict(kwargs).items()
+  }
+  return factory(**_arguments(factory, values, **given))
+
+
+def _arguments(factory, kwargs, **given):
+  """`kwargs`, and of `given` what the factory takes besides."""
+  taken = inspect.signature(factory).parameters
+  return {
+    **{key: value for key, value in given.items() if key in taken},
+    **dict(kwargs),
+  }
 
 
 def _makes_aggregator(name):
@@ -65,6 +129,13 @@ def _makes_aggregator(name):
   return 'num_tasks' in parameters and all(
     p.default is not p.empty for p in parameters.values()
   )
+
+
+def _makes_weighting(name):
+  value = getattr(transforms, name)
+  return inspect.isfunction(value) and typing.get_type_hints(value).get(
+    'return'
+  ) in (transforms.LossWeighting, transforms.BilevelWeighting)
 
 
 def learning_rate_schedule(optimizer: Any, total_steps: int) -> optax.Schedule:
@@ -96,9 +167,26 @@ def learning_rate_schedule(optimizer: Any, total_steps: int) -> optax.Schedule:
   return optax.constant_schedule(rate)
 
 
-def make_tx(
-  config: Any, task_names: Sequence[str], total_steps: int
-) -> optax.GradientTransformationExtraArgs:
+class Optimizer(typing.NamedTuple):
+  """What a config's method and optimizer are to the train step.
+
+  Attributes:
+    tx: the chain: of task gradients, or of the weighted loss's gradient where
+      there is a weighting.
+    weighting: a loss weighting that needs no task gradients, or None.
+    extra_batches: how many further stacks of task gradients `tx` needs.
+    after_step: see `mtl_jax.train.step.make_train_step`.
+  """
+
+  tx: optax.GradientTransformationExtraArgs
+  weighting: transforms.LossWeighting | transforms.BilevelWeighting | None
+  extra_batches: int
+  after_step: typing.Callable[..., Any] | None
+
+
+def make_optimizer(
+  config: Any, task_names: Sequence[str], total_steps: int, **given: Any
+) -> Optimizer:
   """The optimizer: aggregate, clip, Adam, decoupled decay, learning rate.
 
   Anything before the aggregation would act on the stack of task gradients.
@@ -107,15 +195,18 @@ def make_tx(
     config: reads `config.method`, `config.optimizer` and `config.seed`.
     task_names: the tasks.
     total_steps: length of the run, for the learning rate.
+    **given: see `make_weighting`.
 
   Returns:
-    An optax transformation from task gradients to the step.
+    An `Optimizer`.
 
   Raises:
     ValueError: for values that are out of range.
   """
   optimizer = config.optimizer
-  parts = [make_aggregator(config.method, task_names, config.seed)]
+  aggregator = make_aggregator(config.method, task_names, config.seed, **given)
+  weighting = make_weighting(config.method, config.seed, **given)
+  parts = [] if aggregator is None else [aggregator]
   if optimizer.clip is not None:
     if not optimizer.clip > 0:
       raise ValueError(
@@ -132,4 +223,14 @@ def make_tx(
     parts.append(optax.add_decayed_weights(optimizer.weight_decay))
   rate = learning_rate_schedule(optimizer, total_steps)
   parts.append(optax.scale_by_learning_rate(rate))
-  return optax.chain(*parts)
+  tx = optax.chain(*parts)
+  if optimizer.skip_nonfinite is not None:
+    tx = transforms.skip_nonfinite(tx, optimizer.skip_nonfinite)
+  if aggregator is None:
+    return Optimizer(tx, weighting, 0, None)
+  after_step = None
+  if getattr(weighting, 'after_step', None) is not None:
+    after_step = lambda losses, state, active: transforms.after_step(
+      weighting, losses, state, active
+    )
+  return Optimizer(tx, None, aggregator.extra_batches, after_step)

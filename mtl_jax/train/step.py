@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_jax import gradients
 from mtl_jax import losses
 from mtl_jax import transforms
 from mtl_jax import types
+from mtl_jax import weighted_gradients
 from mtl_jax.metrics import averages
+from mtl_jax.train import step_gradients
 
 # Diagnostics of a task gradient aggregation, by the name they are logged under.
 _SCALARS = {
@@ -37,12 +38,14 @@ class TrainState(NamedTuple):
     params: parameters.
     model_state: what the model carries besides, such as running statistics.
     opt_state: the optimizer's state.
+    weighting: the state of a loss weighting; empty without one.
   """
 
   step: jax.Array
   params: types.Params
   model_state: types.ModelState
   opt_state: Any
+  weighting: Any = ()
 
 
 def init_state(
@@ -52,15 +55,20 @@ def init_state(
   *,
   seed: int,
   batch: types.Batch,
+  weighting: transforms.LossWeighting
+  | transforms.BilevelWeighting
+  | None = None,
 ) -> TrainState:
   """The state training starts from; a function of the seed.
 
   Args:
     problem: the problem.
     model: the model.
-    tx: the optimizer; its first part is an aggregator.
+    tx: the optimizer; its first part is an aggregator unless there is a
+      weighting.
     seed: decides the initial parameters.
     batch: any batch; its shapes are what matters.
+    weighting: see `make_train_step`.
 
   Returns:
     A `TrainState` at step 0.
@@ -72,7 +80,16 @@ def init_state(
     params=params,
     model_state=model_state,
     opt_state=tx.init(params),
+    weighting=_init_weighting(weighting, len(problem.tasks), params),
   )
+
+
+def _init_weighting(weighting, num_tasks, params):
+  if weighting is None:
+    return ()
+  if isinstance(weighting, transforms.BilevelWeighting):
+    return weighting.init(num_tasks, params)
+  return weighting.init(num_tasks)
 
 
 def task_losses(
@@ -99,6 +116,12 @@ def make_train_step(
   param_labels: transforms.ParamLabels = transforms.default_labels,
   engine: str = 'unroll',
   micro_batches: int = 1,
+  extra_batches: int = 0,
+  weighting: transforms.LossWeighting
+  | transforms.BilevelWeighting
+  | None = None,
+  lookahead: float = 0.0,
+  after_step: Callable[..., Any] | None = None,
 ) -> Callable[
   [TrainState, types.Batch], tuple[TrainState, dict[str, jax.Array]]
 ]:
@@ -108,12 +131,25 @@ def make_train_step(
     problem: the problem.
     model: the model.
     tx: the optimizer: an aggregator (in `shared_only`, or `flat_minima`), and
-      whatever of optax comes after it.
+      whatever of optax comes after it. With `weighting` there is no aggregator:
+      it is given the gradient of the weighted loss.
     seed: decides what dropout draws, together with the step.
     param_labels: see `mtl_jax.shared_only`; the same that `tx` was made with.
     engine: see `mtl_jax.task_grad`.
     micro_batches: see `mtl_jax.task_grad`. The statistics of BatchNorm are
       those of a slice, and the running ones move by their mean.
+    extra_batches: how many further stacks of task gradients `tx` needs
+      (`Aggregator.extra_batches`). The batch is then cut into
+      `1 + extra_batches` slices, which are independent batches, and a task is
+      present if all of them have labels of it.
+    weighting: a loss weighting; the step then costs one backward pass. A
+      bilevel one learns its weights with a look-ahead step from one half of the
+      batch to the other first, at its own cost.
+    lookahead: learning rate of the look-ahead of a bilevel weighting.
+    after_step: `(new_losses [T], opt_state, active) -> opt_state`, called with
+      the losses of the batch at the new parameters, which costs a forward pass:
+      for an aggregator made by `mtl_jax.weighted` of a weighting that looks at
+      them. A `weighting` is told by itself.
 
   Returns:
     A pure function `(state, batch) -> (state, metrics)`, to be jitted with the
@@ -125,6 +161,11 @@ def make_train_step(
     numbers mean nothing then); and what `mtl_jax.diagnostics` shows.
   """
   names = problem.task_names
+  if weighting is not None and (extra_batches or after_step is not None):
+    raise ValueError(
+      'weighting goes without extra_batches and after_step, which are for '
+      'aggregators'
+    )
 
   def step(state: TrainState, batch: types.Batch):
     batch = problem.preprocess(batch)
@@ -138,29 +179,65 @@ def make_train_step(
       sums = _metric_sums(problem, predictions, batch)
       return task_losses(problem, predictions, batch), (model_state, sums)
 
-    at, at_each = gradients.task_grad(
-      loss_fn,
-      names,
-      param_labels=param_labels,
-      engine=engine,
-      micro_batches=micro_batches,
-      has_aux=True,
-    )
-    (losses, (model_state, sums)), task_grads = at(state.params, batch)
-    if micro_batches > 1:
-      model_state = jax.tree.map(lambda x: jnp.mean(x, axis=0), model_state)
-      sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
     active = jnp.stack([jnp.any(batch['mask'][task] > 0) for task in names])
+    by_weights = weighted_gradients.weighted_grad(
+      loss_fn, names, micro_batches=micro_batches, has_aux=True
+    )
+    weights = {}
+    weighting_state = state.weighting
+    if weighting is None:
+      found = step_gradients.task_gradients(
+        loss_fn,
+        state.params,
+        batch,
+        names,
+        extra_batches=extra_batches,
+        param_labels=param_labels,
+        engine=engine,
+        micro_batches=micro_batches,
+      )
+      usable = active
+      if extra_batches:
+        usable = step_gradients.in_every_slice(batch, names, 1 + extra_batches)
+      updates, opt_state = tx.update(
+        found.task_grads,
+        state.opt_state,
+        state.params,
+        losses=found.losses,
+        active=usable,
+        **found.keywords,
+      )
+      losses, (model_state, sums) = found.losses, found.aux
+    else:
+      weigh = step_gradients.weigh(
+        weighting,
+        lambda params, batch: by_weights.losses(params, batch),
+        state,
+        batch,
+        names,
+        active,
+        lookahead,
+      )
+      (losses, aux, (task_weights, weighting_state)), grads = by_weights.at(
+        weigh, state.params, batch
+      )
+      model_state, sums = step_gradients.of_slices(aux, micro_batches)
+      updates, opt_state = tx.update(grads, state.opt_state, state.params)
+      weights = {
+        f'{task}/weight': task_weights[i] for i, task in enumerate(names)
+      }
+    params = optax.apply_updates(state.params, updates)
+    # Without the one and the other nothing is evaluated at the new parameters.
+    if after_step is not None:
+      new_losses = by_weights.losses(params, batch)
+      opt_state = after_step(new_losses, opt_state, active)
+    if getattr(weighting, 'after_step', None) is not None:
+      new_losses = by_weights.losses(params, batch)
+      weighting_state = weighting.after_step(
+        new_losses, weighting_state, active=active
+      )
     labels = (
       param_labels(state.params) if callable(param_labels) else (param_labels)
-    )
-    updates, opt_state = tx.update(
-      task_grads,
-      state.opt_state,
-      state.params,
-      losses=losses,
-      active=active,
-      grad_fn=lambda task_params: at_each(task_params, batch)[1],
     )
     present = active.astype(losses.dtype)
     metrics = {
@@ -169,12 +246,14 @@ def make_train_step(
       **{f'{task}/present': present[i] for i, task in enumerate(names)},
       **_finish(problem, sums),
       **(_shown(opt_state, names) if _anything_shared(labels) else {}),
+      **weights,
     }
     state = TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       model_state=model_state,
       opt_state=opt_state,
+      weighting=weighting_state,
     )
     return state, metrics
 

@@ -125,6 +125,10 @@ class Aggregator(aggregating.Aggregator):
       has done it.
     axes: the mapped axes it was made for.
     head_scale: how `shared_only` treats heads unless told otherwise.
+    extra_batches: how many stacks of task gradients from further, independent
+      batches `update` needs as `extra_grads`.
+    weights: what `task_weights` in its state are the update's coefficients of:
+      the task `'gradients'`, gradients it `'tracked'`, or `'none'` without any.
     for_tasks: `num_tasks -> Aggregator`; the same aggregator as if made with
       `num_tasks`, for a wrapper that knows the tasks.
   """
@@ -132,6 +136,8 @@ class Aggregator(aggregating.Aggregator):
   aggregate: Callable[..., tuple[Any, Any]]
   axes: Axes
   head_scale: str
+  extra_batches: int
+  weights: str
   for_tasks: Callable[[int], 'Aggregator']
 
   def __new__(
@@ -141,11 +147,15 @@ class Aggregator(aggregating.Aggregator):
     *,
     axes: Axes | None = None,
     head_scale: str = 'none',
+    extra_batches: int = 0,
+    weights: str = 'none',
     for_tasks: Callable[[int], 'Aggregator'] | None = None,
   ):
     axes = (axes or Axes()).check()
 
     def update(task_grads, state, params=None, *, losses=None, **extra_args):
+      if extra_batches and extra_args.get('extra_grads') is not None:
+        extra_args['extra_grads'] = axes.average(extra_args['extra_grads'])
       return aggregate(
         axes.average(task_grads),
         state,
@@ -158,6 +168,8 @@ class Aggregator(aggregating.Aggregator):
     self.aggregate = aggregate
     self.axes = axes
     self.head_scale = head_scale
+    self.extra_batches = extra_batches
+    self.weights = weights
     self.for_tasks = for_tasks or (lambda num_tasks: self)
     return self
 

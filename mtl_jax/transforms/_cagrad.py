@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _from_gram
-from mtl_jax.transforms import _solvers
+from mtl_jax.transforms import _solvers_averse
 
 
 def cagrad(
@@ -70,7 +70,7 @@ def cagrad(
     mean = active / jnp.maximum(jnp.sum(active), 1).astype(gram.dtype)
     if c == 0:
       return mean
-    found, multiplier = _solvers.conflict_averse(gram, active, c)
+    found, multiplier = _solvers_averse.conflict_averse(gram, active, c)
     weights = (mean + multiplier * found.weights) / divisor
     return _from_gram.Solution(weights, found.residual)
 

@@ -14,6 +14,7 @@ from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _diagnostics
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _labels
+from mtl_jax.transforms import _lift
 from mtl_jax.transforms import _shared_only
 
 _COMBINATIONS = ('separate', 'direct', 'second', 'each')
@@ -154,13 +155,17 @@ def flat_minima(
     `params` and the keyword `grad_fn`: a function from task parameters (laid
     out like task gradients: shared leaves [T, *shape] whose row i is meant for
     task i, all others [*shape]) to task gradients of the same layout, with the
-    same batch and the same randomness as the gradients passed in.
+    same batch and the same randomness as the gradients passed in. Around a
+    method that needs `extra_grads`, `update` also needs `extra_grad_fn`, from
+    task parameters to a tuple of such stacks: their flat gradients are taken at
+    the same perturbed parameters.
 
   Raises:
     TypeError: for a radius that is no number and no schedule.
     ValueError: for a negative radius or eps, another `norm`, `combine` or
       `head_scale`, a combiner with state or without use; at `update` without
-      `params` or `grad_fn`, and for leaves of another shape.
+      `params`, `grad_fn` or, where needed, `extra_grad_fn`, and for leaves of
+      another shape.
 
   Examples:
     Two tasks, each :math:`\frac12 |\theta - c_i|^2`. The perturbation moves
@@ -298,6 +303,8 @@ def flat_minima(
     grad_fn=None,
     losses=None,
     active=None,
+    extra_grads=None,
+    extra_grad_fn=None,
     **extra_args,
   ):
     if params is None:
@@ -306,6 +313,13 @@ def flat_minima(
       raise ValueError(
         'flat_minima needs the keyword grad_fn at update: a function from task '
         'parameters to task gradients'
+      )
+    extra_grads = _lift.check_extra_grads(extra_grads, inner.extra_batches)
+    if extra_grads and extra_grad_fn is None:
+      raise ValueError(
+        'flat_minima around a method with extra_grads needs the keyword '
+        'extra_grad_fn at update: a function from task parameters to the '
+        'tuple of stacks'
       )
     partition = _labels.Partition(param_labels, params, names)
     param_leaves = partition.leaves(params)
@@ -330,28 +344,40 @@ def flat_minima(
     loss_grads = read(task_grads)
     task_params = perturbed(partition, loss_grads, param_leaves, state.count)
     sam_grads = read(axes.average(grad_fn(axes.replicate(task_params))))
+    # Stacks of the batch itself first, of further batches after it.
+    loss_stacks = [loss_grads, *map(read, extra_grads)]
+    sam_stacks = [sam_grads]
+    if extra_grads:
+      moved = extra_grad_fn(axes.replicate(task_params))
+      stacks = _lift.check_extra_grads(moved, inner.extra_batches)
+      sam_stacks += [read(axes.average(stack)) for stack in stacks]
 
     shared_params = partition.shared(param_leaves)
 
-    def call(leaves, inner_state):
+    def call(stacks, inner_state):
       return inner.aggregate(
-        leaves,
+        stacks[0],
         inner_state,
         shared_params,
         losses=losses,
         active=active,
+        extra_grads=tuple(stacks[1:]),
         **extra_args,
       )
 
     loss_state, flat_state = state.loss, state.flat
-    sam = partition.shared(sam_grads)
     if combine == 'direct':
+      sam = [partition.shared(leaves) for leaves in sam_stacks]
       shared, loss_state = call(sam, loss_state)
     else:
-      loss = partition.shared(loss_grads)
-      flat = partition.shared(flat_part(partition, loss_grads, sam_grads))
+      loss = [partition.shared(leaves) for leaves in loss_stacks]
+      flat = [
+        partition.shared(flat_part(partition, *pair))
+        for pair in zip(loss_stacks, sam_stacks, strict=True)
+      ]
       if combine == 'each':
-        shared, loss_state = call(jax.vmap(add)(loss, flat), loss_state)
+        both = [jax.vmap(add)(*pair) for pair in zip(loss, flat, strict=True)]
+        shared, loss_state = call(both, loss_state)
       else:
         of_loss, loss_state = call(loss, loss_state)
         of_flat, flat_state = call(flat, flat_state)
@@ -380,5 +406,9 @@ def flat_minima(
     )
 
   return _aggregator.Aggregator(
-    init, aggregate, axes=axes, head_scale=head_scale
+    init,
+    aggregate,
+    axes=axes,
+    head_scale=head_scale,
+    extra_batches=inner.extra_batches,
   )

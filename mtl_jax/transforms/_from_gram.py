@@ -2,106 +2,37 @@
 
 from collections.abc import Callable
 from collections.abc import Hashable
+from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _inner
+from mtl_jax.transforms import _lift
 
 
 class Solution(NamedTuple):
-  """Weights found by an iterative solver.
+  """Weights and what comes with them.
 
   Attributes:
     weights: [T].
     residual: scalar, how far the weights are from the solver's optimality
-      conditions, relative to the size of their terms.
+      conditions, relative to the size of their terms; None in closed form.
+    memory: what is remembered for the next update; None without memory.
   """
 
   weights: jax.Array
-  residual: jax.Array
-
-
-class FromGramState(NamedTuple):
-  """State of an aggregator made by `from_gram`.
-
-  All fields but `key` are None without `num_tasks`.
-
-  Attributes:
-    task_weights: [T], weights of the last update; its coefficients in terms of
-      the task gradients. Zero for absent tasks.
-    gram: [T, T], Gram matrix of the last task gradients.
-    residual: scalar, the solver's relative residual; None for a method in
-      closed form.
-    key: the key the next update draws from; None for a deterministic method.
-  """
-
-  task_weights: jax.Array | None
-  gram: jax.Array | None
-  residual: jax.Array | None
-  key: jax.Array | None
-
-  def diagnostics(self) -> dict[str, jax.Array]:
-    """What there is to see; see `mtl_jax.diagnostics`."""
-    if self.task_weights is None or self.gram is None:
-      return {}
-    weights, gram = self.task_weights, self.gram
-    norms = jnp.sqrt(jnp.diagonal(gram))
-    present = norms > 0
-    pairs = jnp.triu(present[:, None] & present[None, :], 1)
-    conflicting = jnp.sum(pairs & (gram < 0))
-    mean = present / jnp.maximum(jnp.sum(present), 1)
-    lengths = (weights @ gram @ weights) * (mean @ gram @ mean)
-    cosine = jnp.where(
-      lengths > 0,
-      (weights @ gram @ mean) / jnp.sqrt(jnp.where(lengths > 0, lengths, 1)),
-      0.0,
-    )
-    seen: dict[str, jax.Array] = {
-      'task_weights': weights,
-      'gram': gram,
-      'gradient_norms': norms,
-      'conflict': conflicting / jnp.maximum(jnp.sum(pairs), 1),
-      'mean_cosine': cosine,
-    }
-    return seen if self.residual is None else seen | {'residual': self.residual}
-
-
-def check_seed(seed: int | jax.Array) -> None:
-  """Raises unless `seed` is an integer or a typed key."""
-  if isinstance(seed, jax.Array):
-    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-      return
-  elif isinstance(seed, int | np.integer):
-    return
-  raise TypeError(
-    f'seed must be an int or a typed key (jax.random.key), got {seed!r}'
-  )
-
-
-def own_key(seed: int | jax.Array | None) -> jax.Array | None:
-  """A fresh typed key, so that no two states ever share a buffer."""
-  if seed is None:
-    return None
-  if not isinstance(seed, jax.Array):
-    return jax.random.key(seed)
-  return jax.random.wrap_key_data(
-    jnp.array(jax.random.key_data(seed), copy=True),
-    impl=jax.random.key_impl(seed),
-  )
-
-
-def check_num_tasks(num_tasks: int | None) -> None:
-  if num_tasks is not None and num_tasks < 1:
-    raise ValueError(f'num_tasks must be at least 1, got {num_tasks}')
+  residual: jax.Array | None = None
+  memory: Any = None
 
 
 def from_gram(
   weights_fn: Callable[..., jax.Array | Solution],
   *,
+  memory: Callable[[int, Any], Any] | None = None,
+  extra_batches: int = 0,
   num_tasks: int | None = None,
   seed: int | jax.Array | None = None,
   axis_name: Hashable | None = None,
@@ -121,9 +52,17 @@ def from_gram(
 
   Args:
     weights_fn: `(gram [T, T], *, losses [T] or None, active bool [T]) ->
-      weights [T]`, or a `Solution` of weights and residual. With `seed` it is
-      also given `key`, a fresh one at every update. Must be jittable; its
-      result on the active tasks should be what it is without the others.
+      weights [T]`, or a `Solution`. With `seed` it is also given `key`, a fresh
+      one at every update; with `memory` it is given `memory` and returns it in
+      its `Solution`; with `extra_batches` it is given `cross`, a function
+      `cross(a, b) -> [T, T]` of the inner products of stack a with stack b,
+      where 0 stands for the task gradients and 1, 2, ... for `extra_grads`.
+      Must be jittable; its result on the active tasks should be what it is
+      without the others, and the memory of absent tasks should stay.
+    memory: `(num_tasks, dtype) -> tree`: what is remembered at the start. The
+      aggregator then needs `num_tasks`.
+    extra_batches: how many further stacks of task gradients, from independent
+      batches, `update` needs as `extra_grads`.
     num_tasks: T. With it the weights and the Gram matrix stand in the state
       from `init` on; without it those fields are None for ever.
     seed: an int or a typed key, for a random method.
@@ -137,12 +76,13 @@ def from_gram(
 
   Returns:
     An aggregator: `update(task_grads, state, params=None, *, losses=None,
-    active=None)`; leaves [T, *shape] in, leaves [*shape] out.
+    active=None, extra_grads=None)`; leaves [T, *shape] in, leaves [*shape] out.
 
   Raises:
     TypeError: for a seed that is neither an integer nor a typed key.
-    ValueError: for a wrong `num_tasks` or `reduce`; at `update` for leaves
-      without a task axis, of different T or unlike `params`.
+    ValueError: for a wrong `num_tasks` or `reduce`; at `init` with `memory` and
+      without `num_tasks`; at `update` for leaves without a task axis, of
+      different T or unlike `params`.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -154,82 +94,48 @@ def from_gram(
     >>> print(updates)
     [0.6 1.8]
   """
-  check_num_tasks(num_tasks)
-  if seed is not None:
-    check_seed(seed)
-  axes = _aggregator.Axes(axis_name, reduce, shard_axis)
 
-  def solve(gram, losses, active, key):
-    extra = {} if key is None else {'key': key}
-    found = weights_fn(gram, losses=losses, active=active, **extra)
+  def combine(given: _lift.Given) -> _lift.Combined:
+    size = given.gram.shape[0]
+    stacks = (given.task_grads, *given.extra_grads)
+    extra: dict[str, Any] = {}
+    if seed is not None:
+      extra['key'] = given.key
+    if memory is not None:
+      extra['memory'] = given.memory
+    if extra_batches:
+      extra['cross'] = lambda a, b: _inner.cross(
+        stacks[a], stacks[b], (size, size), given.axes
+      )
+    found = weights_fn(
+      given.gram, losses=given.losses, active=given.active, **extra
+    )
     if not isinstance(found, Solution):
-      found = Solution(found, None)
-    if found.weights.shape != active.shape:
+      found = Solution(found)
+    if found.weights.shape != given.active.shape:
       raise ValueError(
-        f'weights_fn must return weights [{active.shape[0]}], got shape '
+        f'weights_fn must return weights [{size}], got shape '
         f'{found.weights.shape}'
       )
     # The Gram matrix of no task says nothing; the update is then zero.
-    weights = jnp.where(active, found.weights, 0).astype(gram.dtype)
-    return Solution(weights, found.residual)
-
-  def init(params):
-    key = own_key(seed)
-    if num_tasks is None:
-      return FromGramState(None, None, None, key)
-    dtype = jnp.result_type(
-      jnp.float32,
-      *(_inner.wide(leaf.dtype) for leaf in jax.tree.leaves(params)),
-    )
-    gram = jax.ShapeDtypeStruct((num_tasks, num_tasks), dtype)
-    losses = jax.ShapeDtypeStruct((num_tasks,), dtype)
-    active = jax.ShapeDtypeStruct((num_tasks,), bool)
-    found = jax.eval_shape(solve, gram, losses, active, key)
-    return FromGramState(
-      task_weights=jnp.zeros(num_tasks, dtype),
-      gram=jnp.zeros((num_tasks, num_tasks), dtype),
-      residual=None if found.residual is None else jnp.zeros((), dtype),
-      key=key,
+    weights = jnp.where(given.active, found.weights, 0).astype(given.gram.dtype)
+    inner = given.gram @ weights
+    return _lift.Combined(
+      updates=_inner.weighted_sum(weights, given.task_grads),
+      weights=weights,
+      residual=found.residual,
+      memory=found.memory,
+      update_inner=(inner, weights @ inner),
     )
 
-  def aggregate(
-    task_grads, state, params=None, *, losses=None, active=None, **unused
-  ):
-    del unused
-    size = _aggregator.check_task_axis(task_grads, params, num_tasks)
-    present = _aggregator.full_active(active, size)
-    losses = _aggregator.check_losses(losses, size)
-    if active is not None:
-      task_grads = _inner.keep_active(present, task_grads)
-      losses = None if losses is None else jnp.where(present, losses, 1)
-    key, draw = state.key, None
-    if key is not None:
-      key, draw = jax.random.split(key)
-    gram = _inner.gram(task_grads, size, axes)
-    weights, residual = solve(gram, losses, present, draw)
-    updates = _inner.weighted_sum(weights, task_grads)
-    if num_tasks is None:
-      return updates, FromGramState(None, None, None, key)
-    if residual is not None:
-      residual = residual.astype(gram.dtype)
-    return updates, FromGramState(weights, gram, residual, key)
-
-  def for_tasks(size):
-    if num_tasks not in (None, size):
-      raise ValueError(f'num_tasks is {num_tasks}, but there are {size} tasks')
-    if num_tasks is not None:
-      return lifted
-    return from_gram(
-      weights_fn,
-      num_tasks=size,
-      seed=seed,
-      axis_name=axis_name,
-      reduce=reduce,
-      shard_axis=shard_axis,
-      head_scale=head_scale,
-    )
-
-  lifted = _aggregator.Aggregator(
-    init, aggregate, axes=axes, head_scale=head_scale, for_tasks=for_tasks
+  return _lift.lift(
+    combine,
+    memory=None
+    if memory is None
+    else lambda size, params, dtype: memory(size, dtype),
+    num_tasks=num_tasks,
+    seed=seed,
+    axes=_aggregator.Axes(axis_name, reduce, shard_axis),
+    head_scale=head_scale,
+    extra_batches=extra_batches,
   )
-  return lifted

@@ -13,32 +13,63 @@ def wide(dtype: Any) -> Any:
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def gram(
-  task_grads: Any, num_tasks: int, axes: _aggregator.Axes | None = None
+def cross(
+  first: Any,
+  second: Any,
+  shape: tuple[int, int],
+  axes: _aggregator.Axes | None = None,
 ) -> jax.Array:
-  """Gram matrix of task gradients.
+  """Inner products of two stacks of gradients.
 
   Args:
-    task_grads: tree of leaves [T, *shape]; zeros are the result of no leaf.
-    num_tasks: T.
+    first: tree of leaves [M, *shape]; zeros are the result of no leaf.
+    second: tree of leaves [N, *shape].
+    shape: (M, N).
     axes: where parameters are sharded, if they are.
 
   Returns:
-    [T, T] inner products, float32 at least.
+    [M, N], entry (i, j) of row i of `first` with row j of `second`; float32 at
+    least.
   """
-  total = jnp.zeros((num_tasks, num_tasks), jnp.float32)
-  for leaf in jax.tree.leaves(task_grads):
+  total = jnp.zeros(shape, jnp.float32)
+  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
     # All axes but the first are contracted as they are: a reshape to [T, -1]
     # would gather a leaf that is sharded along an inner axis.
-    rest = tuple(range(1, leaf.ndim))
-    leaf = leaf.astype(wide(leaf.dtype))
+    rest = tuple(range(1, a.ndim))
+    dtype = wide(jnp.promote_types(a.dtype, b.dtype))
     total = total + jax.lax.dot_general(
-      leaf,
-      leaf,
+      a.astype(dtype),
+      b.astype(dtype),
       ((rest, rest), ((), ())),
       precision=jax.lax.Precision.HIGHEST,
     )
   return total if axes is None else axes.sum_shards(total)
+
+
+def gram(
+  task_grads: Any, num_tasks: int, axes: _aggregator.Axes | None = None
+) -> jax.Array:
+  """Gram matrix [T, T] of task gradients; see `cross`."""
+  return cross(task_grads, task_grads, (num_tasks, num_tasks), axes)
+
+
+def with_rows(
+  vector: Any, task_grads: Any, num_tasks: int, axes: _aggregator.Axes
+) -> tuple[jax.Array, jax.Array]:
+  """Inner products of one gradient with a stack, and its squared norm.
+
+  Args:
+    vector: tree of leaves [*shape].
+    task_grads: tree of leaves [T, *shape].
+    num_tasks: T.
+    axes: where parameters are sharded, if they are.
+
+  Returns:
+    inner products [T] and the squared norm, float32 at least.
+  """
+  one = jax.tree.map(lambda x: x[None], vector)
+  inner = cross(one, task_grads, (1, num_tasks), axes)
+  return inner[0], cross(one, one, (1, 1), axes)[0, 0]
 
 
 def row(weights: jax.Array, leaf: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _from_gram
+from mtl_jax.transforms import _lift
 
 
 def pcgrad(
@@ -59,7 +60,7 @@ def pcgrad(
     <https://arxiv.org/abs/2001.06782>`_, 2020, Algorithm 1
   """
   _aggregator.one_of('reduction', reduction, ('sum', 'mean'))
-  _from_gram.check_seed(seed)
+  _lift.check_seed(seed)
 
   def weights_fn(gram, *, losses, active, key):
     del losses

@@ -10,6 +10,7 @@ import optax
 from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _labels
+from mtl_jax.transforms import _lift
 
 HEAD_SCALES = ('none', 'weights')
 
@@ -95,6 +96,13 @@ def shared_only(
   def aggregate(task_grads, state, params=None, *, active=None, **extra_args):
     partition = _labels.Partition(param_labels, task_grads, names)
     grads = partition.leaves(task_grads)
+    if inner.extra_batches:
+      extra_args['extra_grads'] = tuple(
+        partition.shared(partition.leaves(stack))
+        for stack in _lift.check_extra_grads(
+          extra_args.get('extra_grads'), inner.extra_batches
+        )
+      )
     shared_params = None
     if params is not None:
       param_leaves = partition.leaves(params)
@@ -127,5 +135,10 @@ def shared_only(
     return partition.tree(updates), state
 
   return _aggregator.Aggregator(
-    init, aggregate, axes=inner.axes, head_scale=head_scale
+    init,
+    aggregate,
+    axes=inner.axes,
+    head_scale=head_scale,
+    extra_batches=inner.extra_batches,
+    weights=inner.weights,
   )

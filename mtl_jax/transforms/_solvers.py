@@ -1,9 +1,14 @@
 """Small convex problems over the simplex, solved on the device.
 
-Every solver is a fixed number of iterations of `jax.lax` code, so that it lives
-inside `jit` and `vmap` without a callback to the host. They work on the
-*cosines* of the task gradients, not on their raw inner products: lengths that
-differ by orders of magnitude then cost no accuracy.
+Every solver, here and in `_solvers_cone` and `_solvers_fair`, is a fixed number
+of iterations of `jax.lax` code, so that it lives inside `jit` and `vmap`
+without a callback to the host. They work on the *cosines* of the task
+gradients, not on their raw inner products: lengths that differ by orders of
+magnitude then cost no accuracy.
+
+Their derivatives are those of the solution, not of the iterations (`last_step`):
+past convergence an iteration has no derivative worth having. A residual has
+none, it is only looked at.
 """
 
 from collections.abc import Callable
@@ -14,15 +19,10 @@ import jax.numpy as jnp
 from mtl_jax.transforms import _from_gram
 
 _ITERATIONS = 30
-# Relative ridge of the Newton matrix only. It keeps the factorisation alive for
-# linearly dependent gradients and leaves the point of convergence alone.
-_RIDGE = 1e-6
-# A shorter sum of gradients, in units of the shortest of them, is rounding.
-_SHORTEST = 1e-3
-# Newton's result is taken below this residual; bisection halves the logarithm
-# of the multiplier this often.
-_CONVERGED = 1e-5
-_HALVINGS = 22
+# Relative ridge of Newton matrices only, in units of the dtype's resolution. It
+# keeps the factorisation alive for linearly dependent gradients and leaves the
+# point of convergence alone.
+_RIDGE = 8
 # Steps stop this far before the boundary of the positive orthant.
 _TO_BOUNDARY = 0.95
 _CENTRING = 0.15
@@ -45,18 +45,111 @@ def cosines(gram: jax.Array, active: jax.Array):
   lengths = jnp.sqrt(jnp.where(usable, squares, 1))
   both = usable[:, None] & usable[None, :]
   cos = jnp.where(both, gram / lengths[:, None] / lengths[None, :], 0)
-  cos = jnp.where(jnp.eye(gram.shape[0], dtype=bool), 1, jnp.clip(cos, -1, 1))
+  # Rounding is clipped off, but a cosine of 1 has its derivative.
+  cos = cos + jax.lax.stop_gradient(jnp.clip(cos, -1, 1) - cos)
+  cos = jnp.where(jnp.eye(gram.shape[0], dtype=bool), 1, cos)
   return lengths, cos, usable
 
 
-def _relative(lengths: jax.Array, usable: jax.Array) -> jax.Array:
+def factorised(matrix: jax.Array) -> Callable[[jax.Array], jax.Array]:
+  """Solves linear equations with one positive semidefinite matrix [T, T].
+
+  It is brought to a diagonal of 1 and has a ridge of rounding size.
+  """
+  scale = jax.lax.rsqrt(jnp.diagonal(matrix))
+  matrix = matrix * scale[:, None] * scale[None, :]
+  ridge = _RIDGE * jnp.finfo(matrix.dtype).eps
+  matrix = matrix + ridge * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+  lower = jnp.linalg.cholesky(matrix)
+
+  def solve(right):
+    return scale * jax.scipy.linalg.cho_solve((lower, True), scale * right)
+
+  return solve
+
+
+def last_step(
+  v: jax.Array,
+  conditions: jax.Array,
+  matrix: jax.Array,
+  a: jax.Array | None = None,
+) -> jax.Array:
+  """The solution v, with its derivative by what the conditions depend on.
+
+  Of the last Newton step from v the derivative is that of the solution (the
+  implicit function theorem), and nothing else of the step is kept.
+
+  Args:
+    v: [T], which meets the conditions.
+    conditions: [T], zero at the solution; its derivative at a fixed v counts.
+    matrix: [T, T], derivative of the conditions by v.
+    a: [T]; with it the conditions hold up to a multiple of a, on a . v = 1.
+
+  Returns:
+    v [T].
+  """
+  v, still = jax.lax.stop_gradient((v, a))
+  if a is not None:
+    # On the plane this changes nothing; off it the matrix may be singular.
+    matrix = matrix + still[:, None] * still[None, :]
+  solve = factorised(jax.lax.stop_gradient(matrix))
+  # Where gradients are so dependent that this fails there is no derivative.
+  works = jnp.all(jnp.isfinite(solve(jnp.ones_like(v))))
+  conditions = jnp.where(works, conditions, 0)
+  if a is None:
+    step = solve(conditions)
+  else:
+    off = jnp.where(works, a @ v - still @ v, 0)
+    free, along = solve(conditions + still * off), solve(still)
+    turn = still @ along
+    step = free + along * ((off - still @ free) / jnp.where(turn > 0, turn, 1))
+  return v - jnp.where(works, step - jax.lax.stop_gradient(step), 0)
+
+
+def simplex_projection(x: jax.Array, active: jax.Array) -> _from_gram.Solution:
+  r"""The point of the simplex that is nearest to x.
+
+  .. math::
+    w_i = \max(x_i - \theta, 0), \quad \sum_i w_i = 1
+
+  Args:
+    x: [T].
+    active: bool [T]; absent tasks get weight 0.
+
+  Returns:
+    weights [T], and how far their sum is from 1.
+  """
+  # Relative to the largest the others cannot be drowned in rounding, and theta
+  # is between -1 and 0: what lies below never has a weight.
+  x = jnp.where(active, x, -jnp.inf)
+  largest = jnp.max(x)
+  x = x - jnp.where(jnp.isfinite(largest), largest, 0)
+  x = jnp.where(active, jnp.maximum(x, -2), -2)
+  ordered = -jnp.sort(-x)
+  counts = jnp.arange(1, x.shape[0] + 1)
+  inside = ordered * counts > jnp.cumsum(ordered) - 1
+  smallest = jnp.min(jnp.where(inside, ordered, 0))
+  on = active & (x >= jax.lax.stop_gradient(smallest))
+  total = jnp.sum(jnp.where(on, x, 0))
+  theta = (total - 1) / jnp.maximum(jnp.sum(on), 1)
+  weights = jnp.where(on, jnp.maximum(x - theta, 0), 0)
+  residual = jnp.where(jnp.any(active), jnp.abs(jnp.sum(weights) - 1), 0)
+  return _from_gram.Solution(weights, jax.lax.stop_gradient(residual))
+
+
+def project_simplex(x: jax.Array, active: jax.Array) -> jax.Array:
+  """The weights [T] of `simplex_projection`."""
+  return simplex_projection(x, active).weights
+
+
+def relative(lengths: jax.Array, usable: jax.Array) -> jax.Array:
   """Shortest usable length over each length; 0 for a task that is out."""
   shortest = jnp.min(jnp.where(usable, lengths, jnp.inf))
   shortest = jnp.where(jnp.any(usable), shortest, 1)
   return jnp.where(usable, shortest / lengths, 0)
 
 
-def _interior_point(
+def interior_point(
   derivatives: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
   a: jax.Array,
   start: jax.Array | None = None,
@@ -88,15 +181,8 @@ def _interior_point(
     v, y, nu = carry
     gradient, hessian = derivatives(v)
     tau = _CENTRING * (v @ y) / size
-    matrix = hessian + jnp.diag(y / v)
-    scale = jax.lax.rsqrt(jnp.diagonal(matrix))
-    matrix = matrix * scale[:, None] * scale[None, :]
-    matrix = matrix + _RIDGE * jnp.eye(size, dtype=a.dtype)
-    right = jnp.stack([nu * a + tau / v - gradient, a], axis=1)
-    factor = jax.scipy.linalg.cho_factor(matrix, lower=True)
-    solved = jax.scipy.linalg.cho_solve(factor, right * scale[:, None])
-    solved = solved * scale[:, None]
-    free, along = solved[:, 0], solved[:, 1]
+    solve = factorised(hessian + jnp.diag(y / v))
+    free, along = solve(nu * a + tau / v - gradient), solve(a)
     dnu = (1 - a @ v - a @ free) / (a @ along)
     dv = free + dnu * along
     dy = tau / v - y - y / v * dv
@@ -120,10 +206,29 @@ def _interior_point(
   return v
 
 
-def _to_simplex(v: jax.Array, a: jax.Array) -> jax.Array:
+def to_simplex(v: jax.Array, a: jax.Array) -> jax.Array:
   weights = v * a
   total = jnp.sum(weights)
   return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0)
+
+
+def last_step_on_simplex(v, slopes, matrix, a):
+  """`last_step` of the variables that are not zero.
+
+  Args:
+    v: [T], with a . v = 1.
+    slopes: [T], derivatives less their common multiple of a.
+    matrix: [T, T], second derivatives.
+    a: [T].
+
+  Returns:
+    v [T].
+  """
+  # A variable and its slope are not both positive; the larger one is.
+  on = v > slopes
+  keep = on.astype(v.dtype)
+  matrix = matrix * keep[:, None] * keep[None, :] + jnp.diag(1 - keep)
+  return last_step(v, jnp.where(on, slopes, 0), matrix, jnp.where(on, a, 0))
 
 
 def min_norm(gram: jax.Array, active: jax.Array) -> _from_gram.Solution:
@@ -145,20 +250,25 @@ def min_norm(gram: jax.Array, active: jax.Array) -> _from_gram.Solution:
   lengths, cos, usable = cosines(gram, active)
   size = gram.shape[0]
   zero = active & ~usable
-  a = _relative(lengths, usable)
+  a = relative(lengths, usable)
+  still_a, still_cos = jax.lax.stop_gradient((a, cos))
   if size == 1:
-    weights = usable.astype(gram.dtype)
+    v = usable.astype(gram.dtype)
   elif size == 2:
-    weights = jnp.where(
-      jnp.all(usable), _two_tasks(gram, None, None), usable.astype(gram.dtype)
-    )
+    found = two_tasks(jax.lax.stop_gradient(gram), None, None)
+    found = jnp.where(jnp.all(usable), found, usable.astype(gram.dtype))
+    v = jnp.where(usable, found / jnp.where(usable, still_a, 1), 0)
   else:
     # Equal v, not equal weights: a gradient that is longer by orders of
     # magnitude would begin that far from its optimum. The largest a_i is 1.
-    a = jnp.where(usable, a, 0)
-    start = jnp.full_like(a, 1 / jnp.maximum(jnp.sum(a), 1))
-    v = _interior_point(lambda v: (cos @ v, cos), a, start)
-    weights = _to_simplex(v, a)
+    start = jnp.full_like(a, 1 / jnp.maximum(jnp.sum(still_a), 1))
+    v = interior_point(lambda v: (still_cos @ v, still_cos), still_a, start)
+    total = v @ still_a
+    v = jnp.where(usable, v / jnp.where(total > 0, total, 1), 0)
+  slopes = cos @ v
+  level = jax.lax.stop_gradient(v @ slopes)
+  v = last_step_on_simplex(v, slopes - level * a, still_cos, a)
+  weights = to_simplex(v, a)
   # A task whose gradient is zero is a minimum by itself.
   some_zero = jnp.any(zero)
   weights = jnp.where(
@@ -173,10 +283,10 @@ def min_norm(gram: jax.Array, active: jax.Array) -> _from_gram.Solution:
   # |g_w|^2 - g_i.g_w, divided by |g_i| sum_j w_j |g_j|.
   shortfall = jnp.where(usable, norm * total / lengths - inner, 0)
   residual = jnp.where(some_zero, 0, jnp.maximum(jnp.max(shortfall), 0))
-  return _from_gram.Solution(weights, residual)
+  return _from_gram.Solution(weights, jax.lax.stop_gradient(residual))
 
 
-def _two_tasks(gram, linear, radius) -> jax.Array:
+def two_tasks(gram, linear, radius) -> jax.Array:
   r"""Minimises linear . w + radius |g_w| (or |g_w| alone) for two tasks.
 
   With x the weight of the longer gradient, |g_w|^2 = A (x - m)^2 + h. Without a
@@ -212,115 +322,6 @@ def _two_tasks(gram, linear, radius) -> jax.Array:
   return jnp.zeros_like(gram[0]).at[order].set(jnp.stack([x, 1 - x]))
 
 
-def conflict_averse(
-  gram: jax.Array, active: jax.Array, c: float
-) -> tuple[_from_gram.Solution, jax.Array]:
-  r"""The dual of the conflict-averse direction.
-
-  .. math::
-    \min_{w \in \Delta} \; \langle g_w, g_0 \rangle + c \, |g_0| \, |g_w|
-
-  with :math:`g_0` the mean of the active task gradients. The direction is
-  :math:`g_0 + \mu g_w` with :math:`\mu = c |g_0| / |g_w|`.
-
-  Newton steps on this function converge in nearly all cases; where
-  gradients conflict so much that the optimum is close to its kink
-  :math:`g_w = 0` they may not. The same point also minimises
-  :math:`\langle g_w, g_0 \rangle + \frac{\mu}{2} |g_w|^2`, a quadratic
-  function, for one :math:`\mu`, and :math:`\mu |g_w|` grows with :math:`\mu`:
-  bisection finds it then.
-
-  Args:
-    gram: [T, T].
-    active: bool [T].
-    c: radius of the ball around the mean gradient, relative to its length.
-
-  Returns:
-    weights on the simplex [T] with the residual (how far a task's derivative
-    lies below the weighted mean of all derivatives, relative to |g_0| times the
-    task's length times (1 + c)), and the multiplier. In closed form for two
-    tasks. A :math:`g_w` shorter than a thousandth of the shortest gradient is
-    rounding and counts as that long: the direction is then inside the ball.
-  """
-  lengths, cos, usable = cosines(gram, active)
-  size = gram.shape[0]
-  a = _relative(lengths, usable)
-  shortest = jnp.min(jnp.where(usable, lengths, jnp.inf))
-  shortest = jnp.where(jnp.any(usable), shortest, 1)
-  # g_0 in units of the longest gradient, and the cosine of each task with it.
-  longest = jnp.max(jnp.where(usable, lengths, 0))
-  longest = jnp.where(longest > 0, longest, 1)
-  share = jnp.where(usable, lengths / longest, 0)
-  mean = jnp.sqrt(jnp.maximum(share @ cos @ share, 0))
-  tilt = jnp.where(usable, cos @ share / jnp.where(mean > 0, mean, 1), 0)
-  # A variable that is out has only a quadratic of its own.
-  cos = jnp.where(usable[:, None] & usable[None, :], cos, 0)
-  out = jnp.diag(jnp.where(usable, 0.0, 1.0)).astype(gram.dtype)
-
-  # In v = w |g| / shortest: g_w has the squared length v' C v in units of the
-  # shortest gradient, and the function is tilt . v + c sqrt(v' C v).
-  def multiplier(v):
-    total = jnp.maximum(jnp.sum(v), jnp.finfo(v.dtype).tiny)
-    unit = v / total
-    norm = total * jnp.sqrt(jnp.maximum(unit @ cos @ unit, 0))
-    return c / jnp.maximum(norm, _SHORTEST)
-
-  def residual(v):
-    slopes = tilt + multiplier(v) * (cos @ v)
-    total = jnp.maximum(jnp.sum(v), jnp.finfo(v.dtype).tiny)
-    level = v @ slopes / total
-    # a v = w: a task of length |g| may lie below the level by its share of it.
-    shortfall = jnp.where(usable, level * total * a - slopes, 0)
-    return jnp.maximum(jnp.max(shortfall), 0) / (1 + c)
-
-  def on_simplex(v):
-    return _to_simplex(v, a) * jnp.where(usable, lengths / shortest, 0)
-
-  def newton():
-    def derivatives(v):
-      cv = cos @ v
-      norm = jnp.sqrt(jnp.maximum(v @ cv, 0) + 1e-10)
-      along = cv / norm
-      hessian = c * (cos - jnp.outer(along, along)) / norm + out
-      return tilt + c * along + out @ v, hessian
-
-    return on_simplex(_interior_point(derivatives, a))
-
-  def bisection():
-    def quadratic(mu):
-      matrix = mu * cos + out
-      return on_simplex(
-        _interior_point(lambda v: (tilt + matrix @ v, matrix), a)
-      )
-
-    def halve(bounds, _):
-      low, high = bounds
-      middle = jnp.sqrt(low) * jnp.sqrt(high)
-      too_large = multiplier(quadratic(middle)) < middle
-      return (
-        jnp.where(too_large, low, middle),
-        jnp.where(too_large, middle, high),
-      ), None
-
-    # g_w is never longer than the longest gradient.
-    smallest = jnp.min(jnp.where(usable, a, 1))
-    bounds = (c * smallest, jnp.asarray(c / _SHORTEST, gram.dtype))
-    (low, high), _ = jax.lax.scan(halve, bounds, None, length=_HALVINGS)
-    return quadratic(jnp.sqrt(low) * jnp.sqrt(high))
-
-  def second_try(v):
-    other = bisection()
-    return jnp.where(residual(other) < residual(v), other, v)
-
-  if size == 1:
-    v = usable.astype(gram.dtype)
-  elif size == 2:
-    weights = _two_tasks(gram, tilt * lengths, c)
-    weights = jnp.where(jnp.all(usable), weights, usable.astype(gram.dtype))
-    v = weights * jnp.where(usable, lengths / shortest, 0)
-  else:
-    v = newton()
-    v = jax.lax.cond(residual(v) <= _CONVERGED, lambda v: v, second_try, v)
-  weights = (v * a).astype(gram.dtype)
-  scale = longest * mean / jnp.maximum(jnp.sum(active), 1) / shortest
-  return _from_gram.Solution(weights, residual(v)), multiplier(v) * scale
+# TODO-ALIASES
+_relative = relative
+_interior_point = interior_point

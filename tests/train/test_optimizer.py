@@ -24,6 +24,7 @@ def _config(**optimizer_values):
     {
       'method': {
         'aggregator': 'linear',
+        'weighting': None,
         'kwargs': {},
         'head_scale': None,
         'flat': None,
@@ -33,6 +34,7 @@ def _config(**optimizer_values):
         'schedule': 'constant',
         'clip': None,
         'weight_decay': 0.0,
+        'skip_nonfinite': None,
         **optimizer_values,
       },
       'seed': 0,
@@ -41,7 +43,7 @@ def _config(**optimizer_values):
 
 
 def _updates(config, steps=1):
-  tx = optimizer.make_tx(config, NAMES, total_steps=10)
+  tx = optimizer.make_optimizer(config, NAMES, total_steps=10).tx
   state = tx.init(PARAMS)
   for _ in range(steps):
     updates, state = tx.update(GRADS, state, PARAMS)
@@ -52,7 +54,7 @@ def test_clipping_acts_on_the_aggregated_gradient():
   # The mean (1.5, 2) has norm 2.5, each task's gradient 3 and 4. Clipped to
   # 2.5 or more the mean is left alone; the first Adam step shows only signs,
   # so the second moments tell, after a step with the gradient doubled.
-  tx = optimizer.make_tx(_config(clip=2.5), NAMES, total_steps=10)
+  tx = optimizer.make_optimizer(_config(clip=2.5), NAMES, total_steps=10).tx
   _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
   moments = [
     leaf
@@ -97,7 +99,7 @@ def test_schedule_at_half_and_end_of_the_run(schedule, expected):
 )
 def test_a_value_out_of_range_is_named(key, value):
   with pytest.raises(ValueError, match=rf'{key}.*{value}'):
-    optimizer.make_tx(_config(**{key: value}), NAMES, total_steps=10)
+    optimizer.make_optimizer(_config(**{key: value}), NAMES, total_steps=10).tx
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_a_name_that_is_no_aggregators_is_refused_with_those_there_are(name):
     match=r"\('cagrad', 'imtl_g', 'linear', 'mgda', 'pcgrad'\), got "
     f"'{name}'",
   ):
-    optimizer.make_tx(config, NAMES, total_steps=10)
+    optimizer.make_optimizer(config, NAMES, total_steps=10).tx
 
 
 def test_head_scale_that_a_flat_method_does_not_use_is_refused():
@@ -124,7 +126,7 @@ def test_head_scale_that_a_flat_method_does_not_use_is_refused():
     config.method.head_scale = 'mean'
     config.method.flat = {'rho': 0.1}
   with pytest.raises(ValueError, match=r"'mean'.*set method\.flat\.head_scale"):
-    optimizer.make_tx(config, NAMES, total_steps=10)
+    optimizer.make_optimizer(config, NAMES, total_steps=10).tx
 
 
 def test_a_random_method_draws_from_the_seed_of_the_run():
@@ -133,7 +135,9 @@ def test_a_random_method_draws_from_the_seed_of_the_run():
   keys = []
   for seed in (0, 1):
     config.seed = seed
-    state = optimizer.make_tx(config, NAMES, total_steps=10).init(PARAMS)
+    state = optimizer.make_optimizer(config, NAMES, total_steps=10).tx.init(
+      PARAMS
+    )
     (key,) = [
       leaf
       for leaf in jax.tree.leaves(state)

@@ -33,6 +33,7 @@ def _config(name, **flat):
     {
       'method': {
         'aggregator': aggregator,
+        'weighting': None,
         'kwargs': {'c': 0.4} if aggregator == 'cagrad' else {},
         'head_scale': 'none' if name == 'stl' else None,
         'flat': {**_FLAT, **flat} if name.startswith('f_') else None,
@@ -42,6 +43,7 @@ def _config(name, **flat):
         'schedule': 'constant',
         'clip': None,
         'weight_decay': 0.0,
+        'skip_nonfinite': None,
       },
       'seed': 0,
     }
@@ -74,9 +76,9 @@ def _setup(name, model=None, *, flat=None, **options):
   problem = _problem()
   if model is None:
     model = _model(sharing='separate' if name.endswith('stl') else 'shared')
-  tx = optimizer.make_tx(
+  tx = optimizer.make_optimizer(
     _config(name, **(flat or {})), problem.task_names, total_steps=10
-  )
+  ).tx
   state = steps.init_state(problem, model, tx, seed=0, batch=_batch())
   step = jax.jit(steps.make_train_step(problem, model, tx, **options))
   return model, state, step

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import methods
 import numpy as np
-import optax
+
+import mtl_jax
 
 # Not in alphabetical order: the task axis follows the names, not a dictionary.
 NAMES = ('segmentation', 'depth', 'normals')
@@ -69,7 +70,13 @@ def compiled(method, size=SIZE):
 def _compiled(name, size):
   method = next(m for m in methods.METHODS if m.name == name)
   tx = method.make(range(size), num_tasks=size)
-  return optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
+  return mtl_jax.Aggregator(
+    tx.init,
+    jax.jit(tx.aggregate),
+    head_scale=tx.head_scale,
+    extra_batches=tx.extra_batches,
+    weights=tx.weights,
+  )
 
 
 def losses(size=SIZE):

@@ -11,6 +11,8 @@ def _update(method, task_grads, params=None, num_tasks=None, **extra_args):
   tx = method.make(range(2), num_tasks=num_tasks)
   like = jnp.zeros(3) if params is None else params
   extra_args.setdefault('losses', jnp.ones(2))
+  if method.extra_batches:
+    extra_args['extra_grads'] = (task_grads,) * method.extra_batches
   return jax.eval_shape(
     lambda g: tx.update(g, tx.init(like), params, **extra_args), task_grads
   )
@@ -22,7 +24,7 @@ def _update(method, task_grads, params=None, num_tasks=None, **extra_args):
   [
     (jnp.zeros(()), None, None, 'the root is a scalar'),
     ({'w': jnp.zeros((2, 3)), 'b': jnp.zeros(())}, None, None, r"\['b'\]"),
-    (jnp.zeros(3), jnp.zeros(3), None, r'\(3,\), expected \(3, 3\)'),
+    (jnp.zeros(3), jnp.zeros(3), None, r'\(3,\), expected \([23], 3\)'),
     (jnp.zeros((2, 3)), jnp.zeros((2, 3)), None, r'expected \(2, 2, 3\)'),
     (jnp.zeros((2, 1)), jnp.zeros(3), None, r'\(2, 1\), expected \(2, 3\)'),
     ([jnp.zeros((2, 3)), jnp.zeros((3, 3))], None, None, r'\[1\].*\(3, 3\)'),

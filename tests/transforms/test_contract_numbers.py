@@ -4,13 +4,16 @@ import methods
 import numpy as np
 import pytest
 
+import mtl_jax
+
 
 @pytest.mark.parametrize('method', methods.ALL)
 def test_single_task_is_its_gradient_at_the_scale_of_the_method(method):
   g = methods.CONFLICTING[:1]
   update, state = methods.run(method, g)
   methods.close(update, method.scale(1) * g[0], g, 1e-6)
-  np.testing.assert_allclose(state.task_weights, [method.scale(1)], rtol=1e-6)
+  if method.weights == 'gradients':
+    np.testing.assert_allclose(state.task_weights, [method.scale(1)], rtol=1e-6)
 
 
 @pytest.mark.parametrize('method', methods.ALL)
@@ -59,10 +62,12 @@ HARD = {
 def test_update_is_never_nan_nor_far_out(method, hard, size):
   J = np.asarray(HARD[hard], np.float32)[:size]
   update, state = methods.run(method, J)
-  assert all(np.all(np.isfinite(x)) for x in state[:2])
-  # Three tasks, none of them more than a few times over. IMTL-G's weights may
-  # be larger where tasks cancel; even they do not pass this.
-  assert np.linalg.norm(update) <= 100 * np.linalg.norm(J, axis=1).max()
+  assert all(
+    np.all(np.isfinite(x)) for x in mtl_jax.diagnostics(state).values()
+  )
+  assert (
+    np.linalg.norm(update) <= method.bound * np.linalg.norm(J, axis=1).max()
+  )
 
 
 @pytest.mark.parametrize('method', methods.ALL)
@@ -71,7 +76,9 @@ def test_zero_gradients_give_a_zero_update(method, size):
   zeros = np.zeros((size, 48 if size == 40 else 5), np.float32)
   update, state = methods.run(method, zeros)
   np.testing.assert_array_equal(update, 0)
-  assert np.all(np.isfinite(state.task_weights))
+  assert all(
+    np.all(np.isfinite(x)) for x in mtl_jax.diagnostics(state).values()
+  )
 
 
 @pytest.mark.parametrize('method', methods.ALL)
@@ -85,16 +92,19 @@ def test_update_is_homogeneous_of_degree_one(method, factor, size):
   methods.close(scaled / np.float64(factor), update, J)
 
 
-@pytest.mark.parametrize('method', methods.DETERMINISTIC)
+@pytest.mark.parametrize('method', methods.SYMMETRIC)
 @pytest.mark.parametrize('order', [(1, 0, 2), (1, 2, 0), (2, 1, 0)])
 def test_order_of_tasks_does_not_matter(method, order):
   J = methods.CONFLICTING[list(order)]
   update, state = methods.run(method, J, tasks=order)
   expected, expected_state = methods.run(method, methods.CONFLICTING)
   methods.close(update, expected, J)
-  np.testing.assert_allclose(
-    state.task_weights, expected_state.task_weights[np.array(order)], atol=1e-4
-  )
+  if method.weights != 'none':
+    np.testing.assert_allclose(
+      state.task_weights,
+      expected_state.task_weights[np.array(order)],
+      atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize('method', methods.NEEDS_LOSSES)

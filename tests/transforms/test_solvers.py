@@ -8,11 +8,12 @@ import references
 from scipy import optimize
 
 from mtl_jax.transforms import _solvers
+from mtl_jax.transforms import _solvers_averse
 
 _MIN_NORM = jax.jit(_solvers.min_norm)
 
 
-_SOLVE = jax.jit(_solvers.conflict_averse)
+_SOLVE = jax.jit(_solvers_averse.conflict_averse)
 
 
 def _conflict_averse(gram, active, c):
@@ -198,7 +199,7 @@ def test_batch_of_problems_has_the_solutions_of_each(solver, size):
     ),
     'conflict_averse': (
       lambda gram: _conflict_averse(gram, active, 0.5),
-      jax.vmap(lambda gram: _solvers.conflict_averse(gram, active, 0.5)[0]),
+      jax.vmap(lambda gram: _solvers_averse.conflict_averse(gram, active, 0.5)[0]),
     ),
   }[solver]
   grams = jnp.stack([_gram(_rows('plain', size, seed=s)) for s in range(4)])

@@ -7,6 +7,7 @@ import pytest
 import references
 
 from mtl_jax.transforms import _solvers
+from mtl_jax.transforms import _solvers_averse
 
 _PROBLEMS = 12
 
@@ -32,7 +33,7 @@ def _shortfall(slopes, w, lengths):
 
 _min_norm = jax.jit(jax.vmap(_solvers.min_norm, in_axes=(0, None)))
 _conflict_averse = jax.jit(
-  jax.vmap(_solvers.conflict_averse, in_axes=(0, None, None))
+  jax.vmap(_solvers_averse.conflict_averse, in_axes=(0, None, None))
 )
 
 

@@ -1,0 +1,97 @@
+"""What a step differentiates: one batch, its slices, or two halves of it."""
+
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax import gradients
+from mtl_jax import slices as slicing
+from mtl_jax import transforms
+from mtl_jax import types
+
+
+class TaskGradients(NamedTuple):
+  """Task gradients of a batch, and what an aggregator may ask for besides."""
+
+  losses: jax.Array
+  aux: Any
+  task_grads: types.TaskGrads
+  keywords: dict[str, Any]
+
+
+def task_gradients(
+  loss_fn, params, batch, names, *, extra_batches, micro_batches, **options
+):
+  """Of the batch; or of its slices, the first for the update."""
+  at, at_each = gradients.task_grad(
+    loss_fn, names, micro_batches=micro_batches, has_aux=True, **options
+  )
+  if not extra_batches:
+    (losses, aux), task_grads = at(params, batch)
+    grad_fn = lambda task_params: at_each(task_params, batch)[1]
+    aux = of_slices(aux, micro_batches)
+    return TaskGradients(losses, aux, task_grads, {'grad_fn': grad_fn})
+
+  number = 1 + extra_batches
+  cut = slicing.cut(batch, number, 'extra_batches + 1')
+  pieces = [jax.tree.map(lambda x, k=k: x[k], cut) for k in range(number)]
+  found = [at(params, piece) for piece in pieces]
+  counts = slicing.label_counts(cut, names, number)
+  shares = counts / jnp.maximum(jnp.sum(counts, axis=0, keepdims=True), 1)
+  losses = jnp.sum(shares * jnp.stack([f[0][0] for f in found]), axis=0)
+  aux = of_slices(
+    jax.tree.map(
+      lambda *xs: jnp.stack(xs),
+      *(of_slices(f[0][1], micro_batches) for f in found),
+    ),
+    number,
+  )
+  each = lambda task_params, piece: at_each(task_params, piece)[1]
+  keywords = {
+    'grad_fn': lambda task_params: each(task_params, pieces[0]),
+    'extra_grads': tuple(f[1] for f in found[1:]),
+    'extra_grad_fn': lambda task_params: tuple(
+      each(task_params, piece) for piece in pieces[1:]
+    ),
+  }
+  return TaskGradients(losses, aux, found[0][1], keywords)
+
+
+def of_slices(aux, slices):
+  """The model's state and the sums of the metrics, of all slices together."""
+  if slices == 1:
+    return aux
+  model_state, sums = aux
+  return (
+    jax.tree.map(lambda x: jnp.mean(x, axis=0), model_state),
+    jax.tree.map(lambda x: jnp.sum(x, axis=0), sums),
+  )
+
+
+def in_every_slice(batch, names, number):
+  """Which tasks have labels in each of the slices, bool [T]."""
+  cut = slicing.cut(batch, number)
+  return jnp.all(slicing.label_counts(cut, names, number) > 0, axis=0)
+
+
+def weigh(weighting, losses_of, state, batch, names, active, lookahead):
+  """The map from losses to weights and the next state of the weighting."""
+  if not isinstance(weighting, transforms.BilevelWeighting):
+    return lambda losses: weighting.update(
+      losses, state.weighting, active=active
+    )
+  halves = slicing.cut(batch, 2, 'batches of a bilevel weighting')
+  train, valid = (jax.tree.map(lambda x, k=k: x[k], halves) for k in (0, 1))
+  weights, after = weighting.update(
+    losses_of,
+    state.params,
+    train,
+    valid,
+    state.weighting,
+    learning_rate=lookahead,
+    active=in_every_slice(batch, names, 2),
+  )
+  # A task that is in one half alone is not weighed; absent ones have weight 0.
+  return lambda losses: (jnp.where(active, weights, 0), after)

@@ -1,0 +1,232 @@
+"""The contract of a method that needs losses and no task gradients."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import inspect
+import math
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _lift
+
+
+class LossWeighting(NamedTuple):
+  """Weights of tasks from their losses: three pure functions.
+
+  The weights are the coefficients of the task gradients, so that the gradient
+  of `sum(weights * losses)` with constant weights is the method's update: one
+  backward pass, whatever the number of tasks. `weighted` makes an aggregator of
+  a weighting.
+
+  An absent task has weight 0, its part of the state stays as it is, and the
+  weights of the others are what they are without it; without any active task
+  all of the state stays. A weighting cannot raise inside `jit`: where it takes
+  the logarithm of a loss that is not positive and finite, weights of that
+  update are NaN, so that a wrapper that skips non-finite updates skips and
+  counts it. A loss that is not finite leaves nothing behind in the state.
+
+  Attributes:
+    init: `num_tasks -> state`; its leaves are [T, ...] or scalars.
+    update: `(losses [T], state, *, active=None) -> (weights [T], state)`.
+      Weights are at least float32 and constants to differentiation. A method
+      may take further keywords; those here swallow what they do not know.
+    after_step: `(new_losses [T], state, *, active=None) -> state`, with the
+      losses and active tasks of the same batch after the parameters have moved;
+      None for a method that does not look at them.
+  """
+
+  init: Callable[[int], Any]
+  update: Callable[..., tuple[jax.Array, Any]]
+  after_step: Callable[..., Any] | None = None
+
+
+def present_losses(
+  losses: Any, active: Any, state: Any = ()
+) -> tuple[jax.Array, jax.Array]:
+  """Losses and presence as every method computes with them.
+
+  Args:
+    losses: [T].
+    active: bool [T], or None for all.
+    state: of the method, to compare the number of tasks with.
+
+  Returns:
+    losses [T], constants, with 1 for absent tasks, and active bool [T].
+
+  Raises:
+    ValueError: for other shapes.
+  """
+  losses = jnp.asarray(losses)
+  if losses.ndim != 1:
+    raise ValueError(f'losses must have shape [tasks], got {losses.shape}')
+  size = losses.shape[0]
+  for leaf in jax.tree.leaves(state):
+    if leaf.shape and leaf.shape[0] != size:
+      raise ValueError(
+        f'losses must have shape ({leaf.shape[0]},), as many as the tasks the '
+        f'state was made for, got {losses.shape}'
+      )
+  active = _aggregator.full_active(active, size)
+  losses = jax.lax.stop_gradient(losses.astype(jnp.result_type(float)))
+  # 1 has a logarithm and a reciprocal.
+  return jnp.where(active, losses, 1), active
+
+
+def unless_nobody(active: jax.Array, new: Any, old: Any) -> Any:
+  """The new state; the old one where no task is active."""
+  anyone = jnp.any(active)
+  return jax.tree.map(lambda x, y: jnp.where(anyone, x, y), new, old)
+
+
+def call_update(
+  weighting: LossWeighting,
+  losses: jax.Array,
+  state: Any,
+  active: Any,
+  extra_args: Mapping[str, Any],
+) -> tuple[jax.Array, Any]:
+  """`weighting.update` with those of the extra arguments that it takes."""
+  parameters = inspect.signature(weighting.update).parameters
+  swallows = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+  taken = {
+    name: value
+    for name, value in extra_args.items()
+    if swallows or name in parameters
+  }
+  return weighting.update(losses, state, active=active, **taken)
+
+
+def loss_weighting(
+  init: Callable[[int], Any],
+  update: Callable[..., tuple[jax.Array, Any]],
+  after_step: Callable[..., Any] | None = None,
+) -> LossWeighting:
+  """A weighting of functions that need not check anything.
+
+  Args:
+    init: `num_tasks -> state`.
+    update: `(losses, state, active) -> (weights, state)` with the losses and
+      `active` of `present_losses`; the weights of absent tasks are dropped.
+    after_step: `(new_losses, state, active) -> state`.
+
+  Returns:
+    The same with the contract's signatures and checks.
+  """
+
+  def checked_init(num_tasks):
+    _lift.check_num_tasks(num_tasks)
+    return init(num_tasks)
+
+  def checked_update(losses, state, *, active=None, **unused):
+    del unused
+    losses, active = present_losses(losses, active, state)
+    weights, new_state = update(losses, state, active)
+    weights = jnp.where(active, weights, 0)
+    return weights, unless_nobody(active, new_state, state)
+
+  def checked_after_step(new_losses, state, *, active=None):
+    new_losses, active = present_losses(new_losses, active, state)
+    new_state = after_step(new_losses, state, active)
+    return unless_nobody(active, new_state, state)
+
+  return LossWeighting(
+    checked_init,
+    checked_update,
+    None if after_step is None else checked_after_step,
+  )
+
+
+def stateless(
+  update: Callable[..., jax.Array], *per_task: tuple[str, Any]
+) -> LossWeighting:
+  """A weighting without state.
+
+  Args:
+    update: `(losses, active) -> weights`.
+    *per_task: `(argument, value)` pairs of arguments whose lengths are compared
+      with the number of tasks.
+
+  Returns:
+    The weighting.
+  """
+
+  def init(num_tasks):
+    for argument, values in per_task:
+      check_length(argument, values, num_tasks)
+    return ()
+
+  def checked(losses, state, active):
+    init(losses.shape[0])
+    return update(losses, active), state
+
+  return loss_weighting(init, checked)
+
+
+def positive(losses: jax.Array) -> jax.Array:
+  """The losses, NaN where they are not positive and finite."""
+  return jnp.where((losses > 0) & jnp.isfinite(losses), losses, jnp.nan)
+
+
+def number(active: jax.Array) -> jax.Array:
+  """How many tasks are active, at least 1."""
+  return jnp.maximum(jnp.sum(active), 1).astype(jnp.result_type(float))
+
+
+def softmax(x: jax.Array, active: jax.Array) -> jax.Array:
+  """Softmax over the active tasks; zeros if there is none."""
+  # The largest active entry becomes 0 and its exponential 1, which makes the
+  # denominator at least 1.
+  largest = jnp.max(jnp.where(active, x, -jnp.inf))
+  shifted = jnp.where(active, x - largest, 0)
+  exponentials = jnp.where(active, jnp.exp(shifted), 0)
+  return exponentials / jnp.maximum(jnp.sum(exponentials), 1)
+
+
+def as_numbers(
+  argument: str, values: float | Sequence[float]
+) -> float | tuple[float, ...]:
+  """A finite number for all tasks, or a tuple of one each."""
+  if np.ndim(values) > 1 or np.size(values) == 0:
+    raise ValueError(f'{argument} must be a number or [tasks], got {values!r}')
+  numbers = tuple(float(v) for v in np.ravel(values))
+  if not all(math.isfinite(v) for v in numbers):
+    raise ValueError(f'{argument} must be finite, got {values!r}')
+  return numbers if np.ndim(values) else numbers[0]
+
+
+def as_weights(argument: str, values: Sequence[float]) -> tuple[float, ...]:
+  """A tuple of non-negative numbers that are not all zero."""
+  if np.ndim(values) != 1:
+    raise ValueError(f'{argument} must be [tasks], got {values!r}')
+  weights = tuple(float(v) for v in values)
+  if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+    raise ValueError(
+      f'{argument} must be finite, non-negative and not all 0, got {weights}'
+    )
+  return weights
+
+
+def check_length(argument: str, values: Any, num_tasks: int) -> None:
+  """Raises unless there is one value a task, or one for all."""
+  if isinstance(values, tuple) and len(values) != num_tasks:
+    raise ValueError(
+      f'{argument} must be as many as tasks, got {values} for {num_tasks} tasks'
+    )
+
+
+def check_positive(argument: str, value: float) -> None:
+  if not 0 < value < math.inf:
+    raise ValueError(f'{argument} must be positive and finite, got {value}')
+
+
+def check_count(argument: str, value: int, least: int = 1) -> None:
+  if value != int(value) or value < least:
+    raise ValueError(
+      f'{argument} must be a whole number of at least {least}, got {value}'
+    )

@@ -1,0 +1,69 @@
+"""Gradients that a method tracks with a moving average."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _inner
+
+
+def start(num_tasks: int, params: Any) -> Any:
+  """Zeros [T, *shape] for every parameter, float32 at least."""
+  return jax.tree.map(
+    lambda p: jnp.zeros((num_tasks, *p.shape), _inner.wide(p.dtype)), params
+  )
+
+
+def count_of(count: jax.Array, active: jax.Array) -> jax.Array:
+  """How many updates each task has taken part in, this one included."""
+  # It stands still before it overflows.
+  more = active & (count < jnp.iinfo(count.dtype).max)
+  return count + more.astype(count.dtype)
+
+
+def follow(
+  tracked: Any,
+  task_grads: Any,
+  step: jax.Array,
+  active: jax.Array,
+  factors: jax.Array | None = None,
+) -> Any:
+  r"""Moves :math:`y_i` towards :math:`f_i g_i`.
+
+  Args:
+    tracked: tree of leaves [T, *shape].
+    task_grads: tree of leaves [T, *shape].
+    step: [T], the share of the way; 1 replaces what was tracked.
+    active: bool [T]; rows of absent tasks stay as they are.
+    factors: [T]; ones if None.
+
+  Returns:
+    Tree like `tracked`.
+  """
+
+  def move(y, g):
+    g = g.astype(y.dtype)
+    if factors is not None:
+      g = _inner.row(factors, g).astype(y.dtype) * g
+    share = _inner.row(step, y).astype(y.dtype)
+    return jnp.where(_inner.row(active, y), y + share * (g - y), y)
+
+  return jax.tree.map(move, tracked, task_grads)
+
+
+def gram(tracked: Any, active: jax.Array, axes: _aggregator.Axes) -> jax.Array:
+  """Gram matrix [T, T] of what is tracked; zeros for absent tasks."""
+  # Masked here, for zeros in the rows of the stack would take a copy of it.
+  inner = _inner.gram(tracked, active.shape[0], axes)
+  return jnp.where(active[:, None] & active[None, :], inner, 0)
+
+
+def weighted_sum(weights: jax.Array, tracked: Any, like: Any) -> Any:
+  """Sum [*shape] of what is tracked, in the dtypes of `like`."""
+  return jax.tree.map(
+    lambda total, g: total.astype(g.dtype),
+    _inner.weighted_sum(weights, tracked),
+    like,
+  )

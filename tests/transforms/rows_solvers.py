@@ -1,0 +1,3 @@
+"""Rows of methods; see `method_row`."""
+
+METHODS = ()
