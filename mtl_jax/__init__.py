@@ -22,11 +22,13 @@ from mtl_jax.transforms import db_mtl
 from mtl_jax.transforms import default_labels
 from mtl_jax.transforms import diagnostics
 from mtl_jax.transforms import dtp
+from mtl_jax.transforms import dualproj
 from mtl_jax.transforms import dwa
 from mtl_jax.transforms import equal_weights
 from mtl_jax.transforms import every
 from mtl_jax.transforms import EveryState
 from mtl_jax.transforms import excess_mtl
+from mtl_jax.transforms import fairgrad
 from mtl_jax.transforms import famo
 from mtl_jax.transforms import first_then
 from mtl_jax.transforms import flat_minima
@@ -46,6 +48,7 @@ from mtl_jax.transforms import mgda
 from mtl_jax.transforms import moco
 from mtl_jax.transforms import modo
 from mtl_jax.transforms import moml
+from mtl_jax.transforms import nash_mtl
 from mtl_jax.transforms import pbi
 from mtl_jax.transforms import pcgrad
 from mtl_jax.transforms import per_group
@@ -63,6 +66,7 @@ from mtl_jax.transforms import static_weights
 from mtl_jax.transforms import stch
 from mtl_jax.transforms import trimmed_mean
 from mtl_jax.transforms import uncertainty
+from mtl_jax.transforms import upgrad
 from mtl_jax.transforms import weighted
 from mtl_jax.weighted_gradients import weighted_grad
 from mtl_jax.weighted_gradients import WeightedGrad
@@ -93,10 +97,12 @@ __all__ = [
   'default_labels',
   'diagnostics',
   'dtp',
+  'dualproj',
   'dwa',
   'equal_weights',
   'every',
   'excess_mtl',
+  'fairgrad',
   'famo',
   'first_then',
   'flat_minima',
@@ -114,6 +120,7 @@ __all__ = [
   'moco',
   'modo',
   'moml',
+  'nash_mtl',
   'pbi',
   'pcgrad',
   'per_group',
@@ -129,6 +136,7 @@ __all__ = [
   'task_grad',
   'trimmed_mean',
   'uncertainty',
+  'upgrad',
   'weighted',
   'weighted_grad',
 ]

@@ -13,9 +13,11 @@ from mtl_jax.transforms._conicgrad import conicgrad
 from mtl_jax.transforms._cr_mogm import cr_mogm
 from mtl_jax.transforms._db_mtl import db_mtl
 from mtl_jax.transforms._diagnostics import diagnostics
+from mtl_jax.transforms._dualproj import dualproj
 from mtl_jax.transforms._every import every
 from mtl_jax.transforms._every import EveryState
 from mtl_jax.transforms._excess_mtl import excess_mtl
+from mtl_jax.transforms._fairgrad import fairgrad
 from mtl_jax.transforms._flat_minima import flat_minima
 from mtl_jax.transforms._flat_minima import FlatMinimaState
 from mtl_jax.transforms._forum import forum
@@ -35,6 +37,7 @@ from mtl_jax.transforms._mgda import mgda
 from mtl_jax.transforms._moco import moco
 from mtl_jax.transforms._modo import modo
 from mtl_jax.transforms._moml import moml
+from mtl_jax.transforms._nash_mtl import nash_mtl
 from mtl_jax.transforms._pcgrad import pcgrad
 from mtl_jax.transforms._per_group import per_group
 from mtl_jax.transforms._per_group import PerGroupState
@@ -44,6 +47,7 @@ from mtl_jax.transforms._shared_only import shared_only
 from mtl_jax.transforms._skip_nonfinite import skip_nonfinite
 from mtl_jax.transforms._skip_nonfinite import SkipNonfiniteState
 from mtl_jax.transforms._trimmed_mean import trimmed_mean
+from mtl_jax.transforms._upgrad import upgrad
 from mtl_jax.transforms._weighted import after_step
 from mtl_jax.transforms._weighted import weighted
 from mtl_jax.transforms._weightings_famo import famo
@@ -85,10 +89,12 @@ __all__ = [
   'default_labels',
   'diagnostics',
   'dtp',
+  'dualproj',
   'dwa',
   'equal_weights',
   'every',
   'excess_mtl',
+  'fairgrad',
   'famo',
   'first_then',
   'flat_minima',
@@ -106,6 +112,7 @@ __all__ = [
   'moco',
   'modo',
   'moml',
+  'nash_mtl',
   'pbi',
   'pcgrad',
   'per_group',
@@ -120,5 +127,6 @@ __all__ = [
   'stch',
   'trimmed_mean',
   'uncertainty',
+  'upgrad',
   'weighted',
 ]

@@ -28,31 +28,31 @@ def _lengths(rows: jax.Array) -> jax.Array:
   return largest * jnp.sqrt(jnp.sum((rows / safe[:, None]) ** 2, axis=1))
 
 
-def _rotate_pairs(rows: jax.Array, vectors: jax.Array):
-  """Makes rows 0 and 1, 2 and 3, ... orthogonal to each other."""
-  lengths = _lengths(rows)
-  units = rows / jnp.where(lengths > 0, lengths, 1)[:, None]
-  p, q = lengths[0::2], lengths[1::2]
-  cosine = jnp.sum(units[0::2] * units[1::2], axis=1)
-  needed = (p > 0) & (q > 0) & (cosine != 0)
-  p, q = jnp.where(needed, p, 1), jnp.where(needed, q, 1)
+def _rotation(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines [M] that make rows p and q [M, N] orthogonal."""
+  length_p, length_q = _lengths(p), _lengths(q)
+  needed = (length_p > 0) & (length_q > 0)
+  length_p = jnp.where(needed, length_p, 1)
+  length_q = jnp.where(needed, length_q, 1)
+  cosine = jnp.sum((p / length_p[:, None]) * (q / length_q[:, None]), axis=1)
+  needed = needed & (cosine != 0)
   # Quotients of lengths, never their squares.
-  cotangent = (q / p - p / q) / (2 * jnp.where(needed, cosine, 1))
-  tangent = jnp.where(cotangent < 0, -1, 1) / (
-    jnp.abs(cotangent) + jnp.hypot(cotangent, 1)
-  )
+  difference = length_q / length_p - length_p / length_q
+  cotangent = difference / (2 * jnp.where(needed, cosine, 1))
+  tangent = 1 / (jnp.abs(cotangent) + jnp.hypot(cotangent, 1))
+  tangent = jnp.where(cotangent < 0, -tangent, tangent)
   tangent = jnp.where(needed, tangent, 0)
-  cos = jax.lax.rsqrt(1 + tangent * tangent)[:, None]
-  sin = tangent[:, None] * cos
+  cos = jax.lax.rsqrt(1 + tangent * tangent)
+  return cos, tangent * cos
 
-  def rotate(x):
-    first, second = x[0::2], x[1::2]
-    turned = jnp.stack(
-      [cos * first - sin * second, sin * first + cos * second], axis=1
-    )
-    return turned.reshape(x.shape)
 
-  return rotate(rows), rotate(vectors)
+def _rounds(size: int) -> np.ndarray:
+  """A round-robin tournament of an even number: [size - 1, 2, size / 2]."""
+  rounds = []
+  for shift in range(size - 1):
+    ring = [0, *np.roll(np.arange(1, size), shift)]
+    rounds.append([ring[: size // 2], ring[: size // 2 - 1 : -1]])
+  return np.array(rounds)
 
 
 def _principal_axes(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -75,26 +75,22 @@ def _principal_axes(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
   even = size + size % 2
   rows = jnp.zeros((even, rows.shape[1]), rows.dtype).at[:size].set(rows)
   vectors = jnp.eye(even, size, dtype=rows.dtype)
-  # A round-robin tournament: the first row keeps its place, the others move on
-  # by one, so that all meet in even - 1 rounds.
-  left = [0, *range(1, even // 2)]
-  right = list(range(even // 2, even))
-  moved = (
-    [left[0], right[0], *left[1:-1]],
-    [*right[1:], left[-1]],
-  )
-  if even == 2:
-    moved = (left, right)
-  place = {row: i for i, row in enumerate(np.stack([left, right], 1).ravel())}
-  order = np.array([place[row] for row in np.stack(moved, 1).ravel()])
 
-  def one_round(carry, _):
-    rows, vectors = _rotate_pairs(*carry)
-    return (rows[order], vectors[order]), None
+  def one_round(both, pairs):
+    rows, vectors = both
+    first, second = pairs
+    cos, sin = _rotation(rows[first], rows[second])
+    cos, sin = cos[:, None], sin[:, None]
 
-  (rows, vectors), _ = jax.lax.scan(
-    one_round, (rows, vectors), None, length=_SWEEPS * max(even - 1, 1)
-  )
+    def rotate(x):
+      p, q = x[first], x[second]
+      x = x.at[first].set(cos * p - sin * q)
+      return x.at[second].set(sin * p + cos * q)
+
+    return (rotate(rows), rotate(vectors)), None
+
+  schedule = np.tile(_rounds(even), (_SWEEPS, 1, 1))
+  (rows, vectors), _ = jax.lax.scan(one_round, (rows, vectors), schedule)
   return _lengths(rows), vectors
 
 

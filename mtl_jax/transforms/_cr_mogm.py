@@ -90,8 +90,8 @@ def cr_mogm(
 
   References:
     Zhou et al., `On the Convergence of Stochastic Multi-Objective Gradient
-    Manipulation and Beyond <https://proceedings.neurips.cc/paper_files/paper/
-    2022/hash/f91bd64a3620aad8e70a27ad9cb3ca57-Abstract-Conference.html>`_,
+    Manipulation and Beyond
+    <https://proceedings.neurips.cc/paper_files/paper/2022/hash/f91bd64a3620aad8e70a27ad9cb3ca57-Abstract-Conference.html>`_,
     2022, Algorithm 2
   """
   if not callable(decay) and not 0 <= decay < 1:

@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 from collections.abc import Sequence
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def graddrop(
     size = given.active.shape[0]
     if np.ndim(leak):
       _loss_weighting.check_length('leak', leaks, size)
-    key = given.key
+    key: Any = given.key
     if given.axes.shard_axis is not None:
       # Shards hold different coordinates.
       key = jax.random.fold_in(key, jax.lax.axis_index(given.axes.shard_axis))
@@ -109,4 +110,5 @@ def graddrop(
     num_tasks=num_tasks,
     seed=seed,
     axes=_aggregator.Axes(axis_name, reduce, shard_axis),
+    weights='none',
   )

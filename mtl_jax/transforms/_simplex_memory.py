@@ -58,7 +58,6 @@ def relative(inner: jax.Array, active: jax.Array) -> jax.Array:
     jnp.sum(active), 1
   )
   inverse = jnp.where(mean > 0, 1 / jnp.where(mean > 0, mean, 1), 0)
+  both = active[:, None] & active[None, :]
   # Twice, for the square of a mean length can leave float32.
-  return (
-    jnp.where(active[:, None] & active[None, :], inner, 0) * (inverse) * inverse
-  )
+  return jnp.where(both, inner, 0) * inverse * inverse

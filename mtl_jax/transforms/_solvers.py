@@ -6,9 +6,9 @@ without a callback to the host. They work on the *cosines* of the task
 gradients, not on their raw inner products: lengths that differ by orders of
 magnitude then cost no accuracy.
 
-Their derivatives are those of the solution, not of the iterations (`last_step`):
-past convergence an iteration has no derivative worth having. A residual has
-none, it is only looked at.
+Their derivatives are those of the solution, not of the iterations
+(`last_step`): past convergence an iteration has no derivative worth having. A
+residual has none, it is only looked at.
 """
 
 from collections.abc import Callable
@@ -88,21 +88,19 @@ def last_step(
   Returns:
     v [T].
   """
+  a = jnp.zeros_like(v) if a is None else a
   v, still = jax.lax.stop_gradient((v, a))
-  if a is not None:
-    # On the plane this changes nothing; off it the matrix may be singular.
-    matrix = matrix + still[:, None] * still[None, :]
+  # On the plane this changes nothing; off it the matrix may be singular.
+  matrix = matrix + still[:, None] * still[None, :]
   solve = factorised(jax.lax.stop_gradient(matrix))
   # Where gradients are so dependent that this fails there is no derivative.
   works = jnp.all(jnp.isfinite(solve(jnp.ones_like(v))))
+  off = jnp.where(works, a @ v - still @ v, 0)
   conditions = jnp.where(works, conditions, 0)
-  if a is None:
-    step = solve(conditions)
-  else:
-    off = jnp.where(works, a @ v - still @ v, 0)
-    free, along = solve(conditions + still * off), solve(still)
-    turn = still @ along
-    step = free + along * ((off - still @ free) / jnp.where(turn > 0, turn, 1))
+  free, along = solve(conditions + still * off), solve(still)
+  turn = still @ along
+  step = free + along * ((off - still @ free) / jnp.where(turn > 0, turn, 1))
+  works &= jnp.all(jnp.isfinite(step))
   return v - jnp.where(works, step - jax.lax.stop_gradient(step), 0)
 
 
@@ -320,8 +318,3 @@ def two_tasks(gram, linear, radius) -> jax.Array:
     x = jnp.where(inside, curved, corner)
   x = jnp.clip(x, 0, 1)
   return jnp.zeros_like(gram[0]).at[order].set(jnp.stack([x, 1 - x]))
-
-
-# TODO-ALIASES
-_relative = relative
-_interior_point = interior_point

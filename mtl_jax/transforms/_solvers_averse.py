@@ -20,7 +20,7 @@ def _root(x: jax.Array) -> jax.Array:
 
 
 def _multiplier(v: jax.Array, cos: jax.Array, c: float) -> jax.Array:
-  """c / |g_w|, with g_w in units of the shortest gradient."""
+  """The quotient c / |g_w|, with g_w in units of the shortest gradient."""
   total = jnp.maximum(jnp.sum(v), jnp.finfo(v.dtype).tiny)
   unit = v / total
   return c / jnp.maximum(total * _root(unit @ cos @ unit), _SHORTEST)

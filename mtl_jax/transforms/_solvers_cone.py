@@ -85,11 +85,11 @@ def dual_cone(
     coefficients: [K, T], non-negative; one combination a row.
 
   Returns:
-    The sum of all v [T], and the residual: the largest cosine at which the sum
-    conflicts with a task, or how far the projections are from perpendicular to
-    what was added, whichever is larger, both relative to the length of the sum.
-    A sum shorter than a thousandth of its terms is rounding and counts as that
-    long.
+    The sum of all v [T], and the residual: for every task the inner products by
+    which the projections conflict with it, or miss being perpendicular to it
+    where some of it was added; relative to the length of the task and of the
+    sum, and of all tasks the largest. A sum shorter than a thousandth of its
+    terms is rounding and counts as that long.
   """
   lengths, cos, usable = _solvers.cosines(gram, active)
   # With gradients of length 1 and coefficients of up to 1 every problem is of
@@ -110,17 +110,15 @@ def dual_cone(
     matrix = still * keep[:, None] * keep[None, :] + jnp.diag(1 - keep)
     inner = cos @ z + linear
     z = _solvers.last_step(z, jnp.where(added, inner, 0), matrix)
-    return u + z, jax.lax.stop_gradient(inner - out), jax.lax.stop_gradient(z)
+    wrong = jnp.where(added, jnp.abs(inner), jnp.maximum(-inner, 0))
+    return u + z, wrong
 
-  v, inner, added = jax.vmap(project)(units)
+  v, wrong = jax.vmap(project)(units)
   total = sizes @ v
 
   still = jax.lax.stop_gradient(total)
   length = jnp.sqrt(jnp.maximum(still @ cos @ still, 0))
   length = jnp.maximum(length, _SHORTEST * jnp.sum(still))
-  conflict = jnp.max(sizes @ jnp.maximum(-inner, 0))
-  oblique = sizes @ jnp.sum(added * jnp.abs(inner), axis=1)
-  residual = jnp.maximum(conflict, oblique)
-  residual = residual / jnp.where(length > 0, length, 1)
+  residual = jnp.max(sizes @ wrong) / jnp.where(length > 0, length, 1)
   weights = jnp.where(usable, total / lengths, 0)
   return _from_gram.Solution(weights, jax.lax.stop_gradient(residual))

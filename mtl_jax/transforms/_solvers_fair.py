@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from mtl_jax.transforms import _from_gram
 from mtl_jax.transforms import _solvers
 
+SCALES = ('norm', 'paper')
 _ITERATIONS = 30
 # The line search tries a step of Newton's and its halves.
 _HALVINGS = 12
@@ -116,8 +117,9 @@ def _fair_lengths(cos, lengths, usable, s, root):
   # What it would be for perpendicular gradients, times the factor at which the
   # sum of all conditions holds.
   alone = lengths ** ((s - 1) / (s + 1))
-  square = jnp.maximum(alone @ cos @ alone, 1e-3 * (alone @ alone))
-  b = alone * (alone @ alone / square) ** (1 / (1 + s))
+  unit = alone / jnp.max(alone)
+  square = jnp.maximum(unit @ cos @ unit, 1e-3 * (unit @ unit))
+  b = jnp.minimum(alone * (unit @ unit / square) ** (1 / (1 + s)), most)
 
   def step(b, _):
     target = _target(b, lengths, s)

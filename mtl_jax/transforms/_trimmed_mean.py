@@ -86,4 +86,5 @@ def trimmed_mean(
     combine,
     num_tasks=num_tasks,
     axes=_aggregator.Axes(axis_name, reduce, shard_axis),
+    weights='none',
   )

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import references
 
+import mtl_jax
+
 # The matrix of SimplexLab/TorchJD's tests, and losses to go with it.
 GOLDEN_MATRIX = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 GOLDEN_LOSSES = np.array([1.0, 2.0])
@@ -108,6 +110,24 @@ class Method:
         for k in range(1, self.extra_batches + 1)
       )
     }
+
+  def make_alone(self, tasks, **options):
+    """The same, with further stacks made as in `extras` where it needs some."""
+    tx = self.make(tasks, **options)
+    if not self.extra_batches:
+      return tx
+
+    def aggregate(task_grads, state, params=None, **extra_args):
+      extra_args |= self.extras(task_grads)
+      return tx.aggregate(task_grads, state, params, **extra_args)
+
+    return mtl_jax.Aggregator(
+      tx.init,
+      aggregate,
+      axes=tx.axes,
+      head_scale=tx.head_scale,
+      weights=tx.weights,
+    )
 
   def right(self, J, losses, tasks, *, key=None):
     """All right updates [N, D] for the gradients J of `tasks`.

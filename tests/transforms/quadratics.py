@@ -69,12 +69,11 @@ def compiled(method, size=SIZE):
 @functools.cache
 def _compiled(name, size):
   method = next(m for m in methods.METHODS if m.name == name)
-  tx = method.make(range(size), num_tasks=size)
+  tx = method.make_alone(range(size), num_tasks=size)
   return mtl_jax.Aggregator(
     tx.init,
     jax.jit(tx.aggregate),
     head_scale=tx.head_scale,
-    extra_batches=tx.extra_batches,
     weights=tx.weights,
   )
 

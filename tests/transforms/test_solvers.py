@@ -199,7 +199,9 @@ def test_batch_of_problems_has_the_solutions_of_each(solver, size):
     ),
     'conflict_averse': (
       lambda gram: _conflict_averse(gram, active, 0.5),
-      jax.vmap(lambda gram: _solvers_averse.conflict_averse(gram, active, 0.5)[0]),
+      jax.vmap(
+        lambda gram: _solvers_averse.conflict_averse(gram, active, 0.5)[0]
+      ),
     ),
   }[solver]
   grams = jnp.stack([_gram(_rows('plain', size, seed=s)) for s in range(4)])
