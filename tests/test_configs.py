@@ -14,7 +14,13 @@ from mtl_jax import transforms
 from mtl_jax.train import optimizer
 
 _CONFIGS = {'multi_digits': multi_digits, 'multi_mnist': multi_mnist}
-_NAMES = [*methods.METHODS, *(f'f_{name}' for name in methods.METHODS)]
+_NAMES = methods.NAMES
+# What needs functions, and what is no method by itself.
+_NO_ENTRY = {
+  'scheduled_weights',
+  *('after_step', 'default_labels', 'diagnostics', 'every', 'flat_minima'),
+  *('from_gram', 'per_group', 'shared_only', 'skip_nonfinite', 'weighted'),
+}
 
 
 @pytest.mark.parametrize('name', _NAMES)
@@ -22,25 +28,24 @@ _NAMES = [*methods.METHODS, *(f'f_{name}' for name in methods.METHODS)]
 def test_every_method_of_every_config_can_be_built(config, name):
   values = _CONFIGS[config].get_config(f'method={name}')
   tasks = problems.by_name(values.problem).task_names
-  tx = optimizer.make_optimizer(values, tasks, total_steps=10).tx
-  assert tx.init({'shared': {}, 'heads': {task: {} for task in tasks}})
+  made = optimizer.make_optimizer(
+    values, tasks, total_steps=10, steps_per_epoch=5
+  )
+  assert made.tx.init({'shared': {}, 'heads': {task: {} for task in tasks}})
+  alone = values.method.weighting is not None and values.method.flat is None
+  assert (made.weighting is not None) == alone
   assert (values.method.flat is not None) == name.startswith('f_')
   assert values.method.name == name
 
 
-def test_every_aggregator_of_the_package_has_an_entry():
+def test_every_method_of_the_package_has_an_entry():
   # Factories whose first words are methods of the literature.
-  methods_in_package = {
-    name
-    for name in transforms.__all__
-    if name.islower()
-    and name
-    not in ('default_labels', 'diagnostics', 'flat_minima', 'from_gram')
-    and name != 'shared_only'
+  in_package = {name for name in transforms.__all__ if name.islower()}
+  entries = {
+    values.get('aggregator') or values['weighting']
+    for values in methods.METHODS.values()
   }
-  assert methods_in_package == {
-    values['aggregator'] for values in methods.METHODS.values()
-  }
+  assert in_package - _NO_ENTRY == entries
 
 
 @pytest.mark.parametrize('config', _CONFIGS)

@@ -16,9 +16,9 @@ _SCALES = ('min', 'median', 'rmse')
 # Eigenvalues of the matrix of cosines below this, times the number of tasks,
 # are rounding of linearly dependent gradients.
 _RANK_TOLERANCE = 1e-5
-# Rotations converge quadratically: 40 gradients are orthogonal up to rounding
-# after six sweeps, whatever their lengths.
-_SWEEPS = 7
+# Rotations converge quadratically: 80 gradients are orthogonal up to rounding
+# after seven sweeps, whatever their lengths.
+_SWEEPS = 8
 
 
 def _lengths(rows: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ def krum(
 
   where the sum is over the T - f - 2 task gradients closest to
   :math:`g_i`, and S are the m tasks with the smallest scores. Tasks with equal
-  scores are taken in their order.
+  scores are taken in their order. With f = 0 any number of tasks will do.
 
   Scale: a mean. Degree of homogeneity: 1. With fewer active tasks than 2 f + 3
   or m it is the mean of the active ones.
@@ -59,7 +59,10 @@ def krum(
   """
   _loss_weighting.check_count('num_byzantine', num_byzantine, 0)
   _loss_weighting.check_count('num_selected', num_selected)
-  fewest = max(2 * num_byzantine + 3, num_selected)
+  # Where nobody is to be outvoted there is no majority to be had.
+  fewest = num_selected
+  if num_byzantine:
+    fewest = max(2 * num_byzantine + 3, num_selected)
   if num_tasks is not None and 1 <= num_tasks < fewest:
     raise ValueError(
       f'num_tasks must be at least {fewest} for num_byzantine='

@@ -51,8 +51,9 @@ def with_preference(reference):
 def fair_weights(J, alpha, scale):
   """Weights a with G a = a^(-1/alpha), for G or for G over its norm.
 
-  By Newton's method with trust regions on the logarithms of the weights, from
-  what they are for perpendicular gradients. Raises unless it gets there.
+  They minimise a convex function: one weight after the other, each by the root
+  of its own condition, and then all of them by Newton's method. Raises unless
+  that gets there.
   """
   J = np.asarray(J, np.float64)
   there = np.linalg.norm(J, axis=1) > 0
@@ -62,25 +63,26 @@ def fair_weights(J, alpha, scale):
   if scale == 'norm':
     G = G / np.linalg.norm(G)
   s = 1 / alpha
-  start = -np.log(np.diag(G)) / (1 + s)
-
-  def conditions(x):
-    a = np.exp(x)
-    return a**s * (G @ a) - 1
-
-  def slopes(x):
-    a = np.exp(x)
-    return a[:, None] ** s * G * a + np.diag(s * a**s * (G @ a))
-
-  # Not quite so unlike at first: the way there is shorter.
-  for x in (start, np.full(len(J), start.mean())):
-    found = optimize.least_squares(
-      conditions, x, slopes, xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=5000
-    )
-    if np.abs(found.fun).max() < 1e-9:
-      weights[there] = np.exp(found.x)
-      return weights
-  raise RuntimeError(f'no fair weights found, only {found.fun}')
+  a = np.diag(G) ** (-1 / (1 + s))
+  for _ in range(300):
+    for i in range(len(a)):
+      others = G[i] @ a - G[i, i] * a[i]
+      a[i] = np.exp(
+        optimize.brentq(
+          lambda x, i=i, others=others: (
+            G[i, i] * np.exp(x) + others - np.exp(-s * x)
+          ),
+          -90,
+          90,
+        )
+      )
+  for _ in range(10):
+    slopes = G + np.diag(s * a ** (-s - 1))
+    a = a - np.linalg.solve(slopes, G @ a - a**-s)
+  if not np.abs(a**s * (G @ a) - 1).max() < 1e-9:
+    raise RuntimeError(f'no fair weights found, only {a}')
+  weights[there] = a
+  return weights
 
 
 def fairgrad(alpha, scale='norm'):
