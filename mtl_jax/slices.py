@@ -38,6 +38,32 @@ def cut(batch: Any, number: int, argument: str = 'micro_batches') -> Any:
   return jax.tree.map(cut_leaf, batch)
 
 
+def independent(batch: Any, number: int) -> list[Any]:
+  """Cuts a batch into independent batches of one size.
+
+  Args:
+    batch: tree of leaves [B, ...].
+    number: of batches, at most B. The last B mod number rows are left out.
+
+  Returns:
+    Trees of leaves [B // number, ...].
+
+  Raises:
+    ValueError: if there are fewer rows than batches.
+  """
+
+  def whole(x):
+    if not jnp.shape(x) or x.shape[0] < number:
+      raise ValueError(
+        f'{number} independent batches need as many rows in every leaf of the '
+        f'batch, got shape {jnp.shape(x)}'
+      )
+    return x[: x.shape[0] // number * number]
+
+  pieces = cut(jax.tree.map(whole, batch), number)
+  return [jax.tree.map(lambda x, k=k: x[k], pieces) for k in range(number)]
+
+
 def label_counts(
   slices: Any, task_names: tuple[str, ...], number: int
 ) -> jax.Array:

@@ -15,7 +15,6 @@ import numpy as np
 
 from mtl_jax import models
 from mtl_jax import problems
-from mtl_jax import transforms
 from mtl_jax import types
 from mtl_jax.data import pipeline
 from mtl_jax.train import distributed
@@ -189,12 +188,6 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   total_steps = config.epochs * epoch
   tx, weighting, extra_batches, after_step = optimizer.make_optimizer(
     config, problem.task_names, total_steps, steps_per_epoch=epoch
-  )
-  slices = 1 + extra_batches
-  if isinstance(weighting, transforms.BilevelWeighting):
-    slices = 2
-  distributed.check_batch_size(
-    config.batch_size, mesh, config.micro_batches * slices
   )
   step = steps.make_train_step(
     problem,

@@ -140,8 +140,8 @@ def make_train_step(
       those of a slice, and the running ones move by their mean.
     extra_batches: how many further stacks of task gradients `tx` needs
       (`Aggregator.extra_batches`). The batch is then cut into
-      `1 + extra_batches` slices, which are independent batches, and a task is
-      present if all of them have labels of it.
+      `1 + extra_batches` independent batches of one size (a remainder of rows
+      is left out), and a task is present if all of them have labels of it.
     weighting: a loss weighting; the step then costs one backward pass. A
       bilevel one learns its weights with a look-ahead step from one half of the
       batch to the other first, at its own cost.

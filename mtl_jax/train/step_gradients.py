@@ -35,10 +35,9 @@ def task_gradients(
     return TaskGradients(losses, aux, task_grads, {'grad_fn': grad_fn})
 
   number = 1 + extra_batches
-  cut = slicing.cut(batch, number, 'extra_batches + 1')
-  pieces = [jax.tree.map(lambda x, k=k: x[k], cut) for k in range(number)]
+  pieces = slicing.independent(batch, number)
   found = [at(params, piece) for piece in pieces]
-  counts = slicing.label_counts(cut, names, number)
+  counts = label_counts(pieces, names)
   shares = counts / jnp.maximum(jnp.sum(counts, axis=0, keepdims=True), 1)
   losses = jnp.sum(shares * jnp.stack([f[0][0] for f in found]), axis=0)
   aux = of_slices(
@@ -72,8 +71,14 @@ def of_slices(aux, slices):
 
 def in_every_slice(batch, names, number):
   """Which tasks have labels in each of the slices, bool [T]."""
-  cut = slicing.cut(batch, number)
-  return jnp.all(slicing.label_counts(cut, names, number) > 0, axis=0)
+  pieces = slicing.independent(batch, number)
+  return jnp.all(label_counts(pieces, names) > 0, axis=0)
+
+
+def label_counts(pieces, names):
+  """Number of labels of each task in each of the batches, [N, T]."""
+  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *pieces)
+  return slicing.label_counts(stacked, names, len(pieces))
 
 
 def weigh(weighting, losses_of, state, batch, names, active, lookahead):
@@ -82,8 +87,7 @@ def weigh(weighting, losses_of, state, batch, names, active, lookahead):
     return lambda losses: weighting.update(
       losses, state.weighting, active=active
     )
-  halves = slicing.cut(batch, 2, 'batches of a bilevel weighting')
-  train, valid = (jax.tree.map(lambda x, k=k: x[k], halves) for k in (0, 1))
+  train, valid = slicing.independent(batch, 2)
   weights, after = weighting.update(
     losses_of,
     state.params,

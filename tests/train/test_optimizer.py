@@ -202,9 +202,7 @@ def test_a_name_that_is_no_weightings_is_refused(name):
 
 def test_a_bilevel_weighting_has_no_flat_version():
   config = _with_weighting('auto_lambda', flat={'rho': 0.1})
-  with pytest.raises(
-    ValueError, match=r"'auto_lambda'.*no flat-minima version"
-  ):
+  with pytest.raises(ValueError, match=r"'auto_lambda'.*no flat-minima"):
     optimizer.make_optimizer(config, NAMES, total_steps=10)
 
 

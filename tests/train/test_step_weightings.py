@@ -69,7 +69,7 @@ def test_equal_weights_are_linear_scalarization():
 
 def test_famo_sees_the_losses_of_the_batch_after_the_step():
   weighting = mtl_jax.famo()
-  state, metrics = _run(optax.sgd(0.1), weighting=weighting)
+  state, _ = _run(optax.sgd(0.1), weighting=weighting)
   expected, _ = _as_aggregator(
     weighting,
     after_step=lambda losses, opt_state, active: mtl_jax.after_step(
@@ -137,8 +137,7 @@ def test_slices_of_the_batch_are_the_independent_batches():
   start = steps.init_state(problem, model, tx, seed=0, batch=test_step._batch())
   batch = problem.preprocess(test_step._batch())
   number = 1 + extra
-  # Sixteen rows do not divide by three.
-  pieces = slices.cut(batch, number)
+  pieces = slices.independent(batch, number)
 
   def loss_fn(params, piece):
     predictions, _ = model.apply(
@@ -147,10 +146,7 @@ def test_slices_of_the_batch_are_the_independent_batches():
     return steps.task_losses(problem, predictions, piece)
 
   at, _ = mtl_jax.task_grad(loss_fn, _names())
-  found = [
-    at(start.params, jax.tree.map(lambda x, k=k: x[k], pieces))
-    for k in range(number)
-  ]
+  found = [at(start.params, piece) for piece in pieces]
   updates, _ = tx.update(
     found[0][1],
     start.opt_state,

@@ -65,7 +65,8 @@ def test_con_fig_has_cosines_in_the_proportion_of_the_preference(preference):
   assert cosines.sum() > 0
   # As long as all projections together.
   length = np.linalg.norm(update)
-  np.testing.assert_allclose(length, (CONFLICTING @ update).sum() / length)
+  projections = CONFLICTING @ update / length
+  np.testing.assert_allclose(length, projections.sum(), rtol=1e-5)
 
 
 def test_con_fig_of_tasks_that_cancel_is_zero():
@@ -75,19 +76,26 @@ def test_con_fig_of_tasks_that_cancel_is_zero():
   np.testing.assert_array_equal(state.task_weights, 0)
 
 
-@pytest.mark.parametrize('angle', [1.0, 30.0, 60.0, 89.0])
-@pytest.mark.parametrize('size', [2, 3, 8, 40])
-def test_conicgrad_stays_in_the_cone_with_the_length_of_the_mean(size, angle):
-  # Also of more tasks than dimensions.
-  for dimensions, seed in itertools.product((5, 60), range(4)):
+@pytest.mark.parametrize('angle', [1.0, 45.0, 89.0])
+@pytest.mark.parametrize(
+  ('size', 'dimensions'), [(2, 9), (3, 9), (8, 5), (40, 60)]
+)
+def test_conicgrad_stays_in_the_cone_with_the_length_of_the_mean(
+  size, dimensions, angle
+):
+  tx = mtl_jax.conicgrad(angle)
+  for seed in range(10):
     J = rows(size, dimensions, 2, seed)
-    update, _ = update_of(mtl_jax.conicgrad(angle), J)
+    update, _ = update_of(tx, J)
     mean = J.astype(np.float64).mean(axis=0)
+    # Gradients that depend on each other cancel in the update.
     np.testing.assert_allclose(
-      np.linalg.norm(update), np.linalg.norm(mean), rtol=1e-3
+      np.linalg.norm(update),
+      np.linalg.norm(mean),
+      rtol=1e-5 if size < dimensions else 1e-2,
     )
     turned = np.rad2deg(np.arccos(min(cosine(update, mean), 1)))
-    assert turned <= angle + 0.1
+    assert turned <= angle + (0.05 if size < dimensions else 0.5)
 
 
 @pytest.mark.parametrize('angle', [20.0, 45.0, 80.0])
@@ -129,16 +137,25 @@ def test_conicgrad_turns_to_a_task_it_cannot_help_by_hand():
 
 
 @pytest.mark.parametrize('size', [2, 3, 8, 40])
-def test_conicgrad_residual_is_that_of_its_direction_and_small(size):
+def test_conicgrad_helps_no_task_less_than_those_that_have_a_weight(size):
+  tx = mtl_jax.conicgrad(num_tasks=size)
   for seed in range(4):
     J = rows(size, 60, 2, seed).astype(np.float64)
-    update, state = update_of(mtl_jax.conicgrad(num_tasks=size), J)
+    update, state = update_of(tx, J)
     assert state.residual <= 1e-5
+    # Tasks with a weight of their own gain the least and the same. The weight
+    # that all have of the mean is the smallest.
     gains = J @ update / np.linalg.norm(update)
-    # The worst gain is that of all tasks that have a weight of their own; none
-    # is below it.
-    common = np.median(np.sort(gains)[: max(size // 4, 1)])
-    assert np.all(gains >= common - 1e-4 * np.linalg.norm(J, axis=1))
+    own = np.asarray(state.task_weights)
+    own = own - own.min() > 1e-3 * own.max()
+    lengths = np.linalg.norm(J, axis=1)
+    assert 0 < own.sum() <= size
+    if own.sum() < size:
+      common = np.mean(gains[own])
+      np.testing.assert_allclose(
+        (gains - common)[own] / lengths[own], 0, atol=1e-4
+      )
+      assert np.all(gains >= common - 1e-4 * lengths)
 
 
 def gradvac_with(targets, J, beta=0.5):

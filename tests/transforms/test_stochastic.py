@@ -326,6 +326,28 @@ def test_gradnorm_pulls_the_task_that_learns_slowly_up():
   np.testing.assert_allclose(weights.sum(), 3, rtol=1e-6)
 
 
+# The lengths are 1.6 and 0.4, their mean is 1 and the rates are 1.44 and 0.56.
+# The first target is 1.728 with alpha = 3 / 2, and 1.44 with alpha = 1; the
+# second, 0.419 or 0.56, is above 0.4 in both cases.
+@pytest.mark.parametrize(
+  ('alpha', 'expected'),
+  [(1.5, (1.16, 1.04)), (1.0, (0.84, 1.04)), (0.0, (0.84, 1.04))],
+)
+def test_gradnorm_moves_weights_towards_rates_to_the_power_alpha(
+  alpha, expected
+):
+  tx = mtl_jax.gradnorm(alpha, learning_rate=0.1, num_tasks=2)
+  state = tx.init(jnp.zeros(2))
+  # Equal lengths and rates: only the first losses are learnt.
+  _, state = tx.update(jnp.eye(2), state, losses=jnp.ones(2))
+  J = jnp.diag(jnp.array([1.6, 0.4]))
+  for losses in ([1.44, 0.56], [1.0, 1.0]):
+    update, state = tx.update(J, state, losses=jnp.array(losses))
+  expected = 2 * np.array(expected) / np.sum(expected)
+  np.testing.assert_allclose(state.task_weights, expected, rtol=1e-5)
+  np.testing.assert_allclose(update, expected * [1.6, 0.4], rtol=1e-5)
+
+
 @pytest.mark.parametrize('size', [2, 3, 7])
 def test_gradnorm_leaves_weights_that_are_balanced(size):
   # Equal up to rounding: an L1 slope would throw them by a whole step.

@@ -1,0 +1,145 @@
+"""Derivatives of the solvers' solutions, against finite differences."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtl_jax.transforms import _solvers
+from mtl_jax.transforms import _solvers_averse
+from mtl_jax.transforms import _solvers_cone
+from mtl_jax.transforms import _solvers_fair
+
+
+def _direction(gram, active, c):
+  """The multiplier of CAGrad too, for the update depends on it."""
+  found, multiplier = _solvers_averse.conflict_averse(gram, active, c)
+  return found.weights * multiplier
+
+
+def _cone(gram, active, together):
+  size = gram.shape[0]
+  u = (1 + jnp.arange(size) % 3).astype(gram.dtype)
+  u = u[None] if together else jnp.diag(u)
+  return _solvers_cone.dual_cone(gram, active, u).weights
+
+
+def _fair(gram, active, alpha, scale):
+  return _solvers_fair.alpha_fair(gram, active, alpha, scale).weights
+
+
+SOLVERS = {
+  'min_norm': lambda gram, active: _solvers.min_norm(gram, active).weights,
+  'conflict_averse_0.4': functools.partial(_direction, c=0.4),
+  'conflict_averse_0.9': functools.partial(_direction, c=0.9),
+  'dual_cone_each': functools.partial(_cone, together=False),
+  'dual_cone_mean': functools.partial(_cone, together=True),
+  'nash': functools.partial(_fair, alpha=1.0, scale='norm'),
+  'fair_0.3': functools.partial(_fair, alpha=0.3, scale='norm'),
+  'fair_2': functools.partial(_fair, alpha=2.0, scale='norm'),
+  'fair_10_paper': functools.partial(_fair, alpha=10.0, scale='paper'),
+}
+
+
+@functools.cache
+def _value_and_gradient(name, size):
+  """Of a weighted sum of the weights, by the task gradients."""
+
+  def value(J, r):
+    return r @ SOLVERS[name](J @ J.T, jnp.ones(size, bool))
+
+  return jax.jit(value), jax.jit(jax.grad(value))
+
+
+def _problem(size, seed):
+  rng = np.random.default_rng(seed + 10 * size)
+  J = rng.standard_normal((size, 6))
+  if size > 1:
+    # Some conflict, so that no constraint is idle in all problems.
+    J[0] -= 2 * J[1]
+  J *= 10.0 ** rng.uniform(-0.5, 0.5, (size, 1))
+  return J, rng.standard_normal(size)
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 5])
+@pytest.mark.parametrize('name', SOLVERS)
+def test_derivative_is_the_finite_difference(name, size):
+  value, gradient = _value_and_gradient(name, size)
+  with jax.enable_x64(True):
+    for seed in range(3):
+      J, r = _problem(size, seed)
+      found = np.asarray(gradient(J, r))
+      right = np.zeros_like(J)
+      for place in np.ndindex(J.shape):
+        step = np.zeros_like(J)
+        step[place] = 1e-5
+        right[place] = (value(J + step, r) - value(J - step, r)) / 2e-5
+      np.testing.assert_allclose(
+        found, right, atol=1e-6 * max(1e-2, np.abs(right).max())
+      )
+
+
+@pytest.mark.parametrize('name', SOLVERS)
+def test_derivative_in_float32_is_that_in_float64(name):
+  _, gradient = _value_and_gradient(name, 5)
+  for seed in range(3):
+    J, r = _problem(5, seed)
+    found = gradient(J.astype(np.float32), r.astype(np.float32))
+    assert found.dtype == jnp.float32
+    with jax.enable_x64(True):
+      right = np.asarray(gradient(J, r))
+    np.testing.assert_allclose(
+      found, right, atol=1e-3 * max(1e-2, np.abs(right).max())
+    )
+
+
+DEGENERATE = {
+  'equal': [[1, 2, 3], [1, 2, 3], [1, 2, 3]],
+  'parallel': [[1, 2, 3], [0.1, 0.2, 0.3], [10, 20, 30]],
+  'opposed': [[1, 2, 3], [-1, -2, -3], [1, 0, 0]],
+  'one is zero': [[1, 2, 3], [0, 0, 0], [1, 0, 0]],
+  'cancelling': [[1, 0, 0], [0, 1, 0], [-1, -1, 0]],
+  'perpendicular': [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+  'all zero': [[0, 0, 0], [0, 0, 0], [0, 0, 0]],
+  'unlike lengths': [[1e-4, 1e-4, 0], [0, -1, 1], [1e4, 0, -1e4]],
+}
+
+
+@pytest.mark.parametrize(
+  'active', [(True,) * 3, (True, False, True), (False,) * 3]
+)
+@pytest.mark.parametrize('name', SOLVERS)
+def test_derivatives_are_finite_where_gradients_are_dependent(name, active):
+  solve = lambda gram: SOLVERS[name](gram, jnp.array(active))
+  both = jax.jit(
+    lambda gram: (jax.jacrev(solve)(gram), jax.jacfwd(solve)(gram))
+  )
+  there = np.array(active)
+  for J in DEGENERATE.values():
+    J = np.where(there[:, None], np.array(J, np.float32), 0)
+    backward, forward = both(jnp.asarray(J @ J.T))
+    assert np.all(np.isfinite(backward))
+    assert np.all(np.isfinite(forward))
+
+
+@pytest.mark.parametrize('name', SOLVERS)
+def test_derivative_of_a_batch_is_that_of_each(name):
+  _, gradient = _value_and_gradient(name, 3)
+  J, r = zip(*(_problem(3, seed) for seed in range(4)), strict=True)
+  J, r = np.stack(J).astype(np.float32), np.stack(r).astype(np.float32)
+  found = jax.jit(jax.vmap(gradient))(J, r)
+  for i in range(4):
+    right = np.asarray(gradient(J[i], r[i]))
+    np.testing.assert_allclose(
+      found[i], right, atol=1e-4 * max(1e-2, np.abs(right).max())
+    )
+
+
+@pytest.mark.parametrize('name', SOLVERS)
+def test_solver_is_a_fixed_number_of_steps_on_the_device(name):
+  solve = lambda gram: SOLVERS[name](gram, jnp.ones(3, bool))
+  program = str(jax.make_jaxpr(solve)(jnp.eye(3)))
+  assert 'callback' not in program
+  assert 'while' not in program
