@@ -114,6 +114,7 @@ def excess_mtl(
   def combine(given: _lift.Given) -> _lift.Combined:
     old, active = given.memory, given.active
     dtype = old.baseline.dtype
+    _tracked.check(old.squares, given.task_grads)
     squares = jax.tree.map(
       lambda s, g: s + jnp.square(g.astype(s.dtype)),
       old.squares,

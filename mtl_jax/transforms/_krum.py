@@ -26,7 +26,7 @@ def krum(
 
   where the sum is over the T - f - 2 task gradients closest to
   :math:`g_i`, and S are the m tasks with the smallest scores. Tasks with equal
-  scores are taken in their order. With f = 0 any number of tasks will do.
+  scores are taken in their order.
 
   Scale: a mean. Degree of homogeneity: 1. With fewer active tasks than 2 f + 3
   or m it is the mean of the active ones.
@@ -44,7 +44,7 @@ def krum(
 
   Raises:
     ValueError: for a negative `num_byzantine`, a `num_selected` below 1, and a
-      `num_tasks` that is too small for them.
+      `num_tasks` below m or, unless f is 0, below 2 f + 3.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -59,13 +59,12 @@ def krum(
   """
   _loss_weighting.check_count('num_byzantine', num_byzantine, 0)
   _loss_weighting.check_count('num_selected', num_selected)
-  # Where nobody is to be outvoted there is no majority to be had.
-  fewest = num_selected
-  if num_byzantine:
-    fewest = max(2 * num_byzantine + 3, num_selected)
-  if num_tasks is not None and 1 <= num_tasks < fewest:
+  fewest = max(2 * num_byzantine + 3, num_selected)
+  # Where nobody is to be outvoted a mean is as good.
+  refused = fewest if num_byzantine else num_selected
+  if num_tasks is not None and 1 <= num_tasks < refused:
     raise ValueError(
-      f'num_tasks must be at least {fewest} for num_byzantine='
+      f'num_tasks must be at least {refused} for num_byzantine='
       f'{num_byzantine} and num_selected={num_selected}, got {num_tasks}'
     )
 

@@ -16,6 +16,31 @@ def start(num_tasks: int, params: Any) -> Any:
   )
 
 
+def check(tracked: Any, task_grads: Any) -> None:
+  """Raises unless gradients are of the parameters the state was made for.
+
+  Where `update` is called without the parameters nothing else compares them,
+  and gradients of another shape would be broadcast.
+  """
+  ours: Any = jax.tree.structure(tracked)
+  theirs: Any = jax.tree.structure(task_grads)
+  if ours != theirs:
+    raise ValueError(
+      'task gradients must have the structure of the parameters that the state '
+      f'was made for, got {theirs} and {ours}'
+    )
+  for (path, y), g in zip(
+    jax.tree_util.tree_leaves_with_path(tracked),
+    jax.tree.leaves(task_grads),
+    strict=True,
+  ):
+    if y.shape != g.shape:
+      raise ValueError(
+        f'the task gradient at {jax.tree_util.keystr(path) or "the root"} has '
+        f'shape {g.shape}, expected {y.shape} as in the state'
+      )
+
+
 def count_of(count: jax.Array, active: jax.Array) -> jax.Array:
   """How many updates each task has taken part in, this one included."""
   # It stands still before it overflows.
@@ -41,7 +66,11 @@ def follow(
 
   Returns:
     Tree like `tracked`.
+
+  Raises:
+    ValueError: for gradients of other parameters.
   """
+  check(tracked, task_grads)
 
   def move(y, g):
     g = g.astype(y.dtype)

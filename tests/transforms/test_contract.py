@@ -38,7 +38,13 @@ def test_update_has_shape_and_dtype_of_one_task_in_every_leaf(method):
   if method.weights == 'none' and method.random:
     return  # Each leaf has draws of its own.
   # The same numbers as the matrix of what the leaves hold.
-  expected, _ = methods.run(method, _columns(task_grads, 2))
+  extras = [
+    _columns(s, 2) for s in method.extras(task_grads).get('extra_grads', ())
+  ]
+  J = _columns(task_grads, 2)
+  expected, _ = tx.update(
+    jnp.asarray(J), tx.init(J[0]), losses=losses, extra_grads=tuple(extras)
+  )
   # The update is rounded once, to 8 bits in bfloat16.
   np.testing.assert_allclose(
     _columns(updates, 1)[0], expected, rtol=2**-8, atol=1e-5

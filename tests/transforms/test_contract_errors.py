@@ -9,7 +9,9 @@ import pytest
 def _update(method, task_grads, params=None, num_tasks=None, **extra_args):
   """Traces an update: shapes are checked before anything is computed."""
   tx = method.make(range(2), num_tasks=num_tasks)
-  like = jnp.zeros(3) if params is None else params
+  like = params
+  if params is None:
+    like = jnp.zeros(3) if jax.tree.leaves(task_grads) else task_grads
   extra_args.setdefault('losses', jnp.ones(2))
   if method.extra_batches:
     extra_args['extra_grads'] = (task_grads,) * method.extra_batches

@@ -31,8 +31,8 @@ def rows(size, dimensions, decades, seed=0):
   return (lengths * rng.standard_normal((size, dimensions))).astype(np.float32)
 
 
-@pytest.mark.parametrize('decades', [0, 3, 8])
-@pytest.mark.parametrize('size', [2, 5])
+@pytest.mark.parametrize('decades', [0, 8])
+@pytest.mark.parametrize('size', [2, 4])
 def test_aligned_gradients_have_the_condition_number_one(size, decades):
   J = rows(size, 9, decades)
   # What one task alone is wanted for is its aligned gradient.
@@ -341,7 +341,7 @@ def test_gradient_that_is_not_finite_is_not_hidden(tx, value):
 @pytest.mark.parametrize(
   ('factory', 'arguments', 'fewest'),
   [
-    (mtl_jax.krum, {'num_byzantine': 0}, 3),
+    (mtl_jax.krum, {'num_byzantine': 1}, 5),
     (mtl_jax.krum, {'num_byzantine': 2}, 7),
     (mtl_jax.krum, {'num_byzantine': 0, 'num_selected': 5}, 5),
     (mtl_jax.trimmed_mean, {'trim': 2}, 5),
@@ -363,6 +363,12 @@ def test_too_few_tasks_are_refused_and_too_few_active_ones_averaged(
   else:
     right = references.krum(**{'num_selected': 1, **arguments})
   np.testing.assert_allclose(update, right(J, None)[0], rtol=1e-5)
+
+
+def test_krum_of_two_tasks_without_a_wrong_one_is_their_mean():
+  tx = mtl_jax.krum(num_byzantine=0, num_tasks=2)
+  update, _ = update_of(tx, CONFLICTING[:2])
+  np.testing.assert_allclose(update, CONFLICTING[:2].mean(axis=0))
 
 
 def test_random_weights_are_the_softmax_of_standard_normal_draws():

@@ -284,6 +284,20 @@ def test_what_is_tracked_does_not_lose_small_steps_to_bfloat16(factory):
   np.testing.assert_array_equal(state.memory.tracked, [[257.0]])
 
 
+@pytest.mark.parametrize(
+  'factory', [mtl_jax.moco, mtl_jax.db_mtl, mtl_jax.excess_mtl]
+)
+def test_gradients_unlike_the_parameters_of_the_state_raise(factory):
+  tx = factory(num_tasks=2)
+  state = tx.init({'w': jnp.zeros(3)})
+  losses = jnp.ones(2)
+  # A shape that would be broadcast, without parameters to compare it with.
+  with pytest.raises(ValueError, match=r"\['w'\].*\(2, 1\), expected \(2, 3\)"):
+    tx.update({'w': jnp.ones((2, 1))}, state, losses=losses)
+  with pytest.raises(ValueError, match='structure'):
+    tx.update({'v': jnp.ones((2, 3))}, state, losses=losses)
+
+
 def test_task_that_joins_late_begins_its_own_average():
   tx = mtl_jax.moco(beta=0.5, beta_decay=0.0, gamma=1e-6, num_tasks=2)
   state = tx.init(jnp.zeros(2))

@@ -1,0 +1,166 @@
+"""Three steps of training on scanned digits, against training in NumPy.
+
+The model is the smallest with a shared part and heads: tanh(x W) H for each
+task, with cross-entropy. Its gradients, the perturbation and the methods are
+all done again in float64, without automatic differentiation.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import methods
+import numpy as np
+import optax
+import pytest
+
+import mtl_jax
+from mtl_jax import problems
+from mtl_jax import types
+from mtl_jax.train import step as steps
+
+WIDTH, ROWS, RATE, RHO = 6, 48, 0.5, 0.1
+STEPS = 3
+
+
+@functools.cache
+def problem():
+  return problems.by_name('multi_digits')
+
+
+@functools.cache
+def batch():
+  found = dict(problem().load('train').__getitems__(np.arange(ROWS)))
+  found['mask'] = {task: np.ones(ROWS, np.float32) for task in names()}
+  return jax.tree.map(jnp.asarray, found)
+
+
+def names():
+  return problem().task_names
+
+
+def pixels():
+  image = problem().preprocess(batch())['image']
+  return np.asarray(image, np.float64).reshape(ROWS, -1)
+
+
+def start():
+  """Shared parameters [100 x 6] as one vector, and heads [T, 6, 10]."""
+  rng = np.random.default_rng(0)
+  shared = 0.2 * rng.standard_normal(pixels().shape[1] * WIDTH)
+  return shared, rng.standard_normal((len(names()), WIDTH, 10))
+
+
+def model():
+  def init(key, batch):
+    del key, batch
+    shared, heads = start()
+    as_float = lambda x: jnp.asarray(x, jnp.float32)
+    own = {task: as_float(h) for task, h in zip(names(), heads, strict=True)}
+    return {'shared': as_float(shared), 'heads': own}, {}
+
+  def apply(params, state, batch, *, train=False, key=None):
+    del train, key
+    x = batch['image'].reshape(batch['image'].shape[0], -1)
+    hidden = jnp.tanh(x @ params['shared'].reshape(-1, WIDTH))
+    heads = params['heads']
+    return {task: hidden @ heads[task] for task in names()}, state
+
+  return types.Model(init, apply)
+
+
+def loss_and_gradient(shared, head, labels):
+  """By hand: the mean cross-entropy, and its two gradients."""
+  x = pixels()
+  hidden = np.tanh(x @ shared.reshape(-1, WIDTH))
+  logits = hidden @ head
+  powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+  share = powers / powers.sum(axis=1, keepdims=True)
+  right = share[np.arange(ROWS), labels]
+  share[np.arange(ROWS), labels] -= 1
+  of_logits = share / ROWS
+  of_hidden = of_logits @ head.T * (1 - hidden**2)
+  loss = -np.log(right).mean()
+  return loss, (x.T @ of_hidden).ravel(), hidden.T @ of_logits
+
+
+def all_gradients(shared, heads):
+  """Losses [T], shared gradients [T, D] and heads' [T, 6, 10]; each at its own
+  row of `shared` [T, D].
+  """
+  labels = [np.asarray(batch()['labels'][task]) for task in names()]
+  found = [
+    loss_and_gradient(*at) for at in zip(shared, heads, labels, strict=True)
+  ]
+  return tuple(np.stack(part) for part in zip(*found, strict=True))
+
+
+class Reference:
+  """A method in NumPy, from step to step."""
+
+  def __init__(self, method):
+    self.method, self.memory = method, None
+    self.key = (
+      method.make(range(2)).init(jnp.zeros(1)).key if (method.random) else None
+    )
+
+  def __call__(self, J, losses):
+    right, self.memory = self.method.right_step(
+      J, losses, range(2), self.memory, key=self.key
+    )
+    if self.key is not None:
+      self.key = jax.random.split(self.key)[0]
+    return right[0]
+
+
+def in_numpy(method, flat):
+  shared, heads = start()
+  of_loss, of_flat = Reference(method), Reference(method)
+  for _ in range(STEPS):
+    losses, J, own = all_gradients(np.stack([shared, shared]), heads)
+    update = of_loss(J, losses)
+    if flat:
+      unit = lambda g: (
+        g / np.sqrt((g**2).sum(axis=tuple(range(1, g.ndim)), keepdims=True))
+      )
+      _, S, own = all_gradients(shared + RHO * unit(J), heads + RHO * unit(own))
+      update = update + of_flat(S - J, losses)
+    shared, heads = shared - RATE * update, heads - RATE * own
+  return shared, heads
+
+
+def in_jax(method, flat):
+  aggregator = method.make_alone(range(2), num_tasks=2)
+  if flat:
+    tx = mtl_jax.flat_minima(aggregator, names(), rho=RHO)
+  else:
+    tx = mtl_jax.shared_only(aggregator, names(), head_scale='none')
+  tx = optax.chain(tx, optax.sgd(RATE))
+  state = steps.init_state(problem(), model(), tx, seed=0, batch=batch())
+  step = jax.jit(
+    steps.make_train_step(problem(), model(), tx),
+    compiler_options={'xla_backend_optimization_level': 0},
+  )
+  with jax.default_matmul_precision('highest'):
+    for _ in range(STEPS):
+      state, _ = step(state, batch())
+  heads = np.stack([state.params['heads'][task] for task in names()])
+  return np.asarray(state.params['shared']), heads
+
+
+@pytest.mark.parametrize('flat', [False, True], ids=['plain', 'flat'])
+@pytest.mark.parametrize('method', methods.ALL)
+def test_three_steps_of_training_are_those_of_training_in_numpy(method, flat):
+  shared, heads = in_jax(method, flat)
+  right_shared, right_heads = in_numpy(method, flat)
+  begin_shared, begin_heads = start()
+  # Relative to the way gone. Flat gradients are differences of float32 numbers,
+  # which leaves them three to four digits.
+  tolerance = 2e-3 if flat else 2e-4
+  for found, right, begin in (
+    (shared, right_shared, begin_shared),
+    (heads, right_heads, begin_heads),
+  ):
+    way = np.linalg.norm(right - begin)
+    assert way > 0.01
+    assert np.linalg.norm(found - right) <= tolerance * way
