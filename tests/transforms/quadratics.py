@@ -28,6 +28,14 @@ FACTORIES = tuple({m.factory: m for m in reversed(methods.METHODS)}.values())[
   ::-1
 ]
 
+# Those that have weights, and those of which the reference knows the draws: a
+# method that draws for each coordinate draws anew for each leaf.
+WEIGHTED = tuple(m for m in methods.METHODS if m.weights != 'none')
+WEIGHTED_FACTORIES = tuple(m for m in FACTORIES if m.weights != 'none')
+KNOWN = tuple(
+  m for m in methods.METHODS if not (m.random and m.weights == 'none')
+)
+
 by_name = lambda rows: {'argvalues': rows, 'ids': [row.name for row in rows]}
 
 

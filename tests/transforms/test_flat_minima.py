@@ -56,7 +56,9 @@ def closed_form(method, **options):
 @pytest.mark.parametrize('combination', COMBINATIONS)
 @pytest.mark.parametrize('adaptive', [False, True], ids=['sam', 'asam'])
 @pytest.mark.parametrize('norm', ['separate', 'joint'])
-@pytest.mark.parametrize('method', **quadratics.by_name(quadratics.FACTORIES))
+@pytest.mark.parametrize(
+  'method', **quadratics.by_name(quadratics.WEIGHTED_FACTORIES)
+)
 def test_update_is_the_closed_form(
   method, norm, adaptive, combination, head_scale
 ):

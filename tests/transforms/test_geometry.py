@@ -69,9 +69,15 @@ def test_con_fig_has_cosines_in_the_proportion_of_the_preference(preference):
   np.testing.assert_allclose(length, projections.sum(), rtol=1e-5)
 
 
-def test_con_fig_of_tasks_that_cancel_is_zero():
-  J = [[1.0, 2.0, 0.1], [-3.0, -6.0, -0.3]]
-  update, state = update_of(mtl_jax.con_fig(num_tasks=2), J)
+@pytest.mark.parametrize(
+  ('degrees', 'lengths'), [((0, 180), (1, 3)), ((10, 130, 250), (1, 2, 5))]
+)
+def test_con_fig_of_directions_that_cancel_is_zero(degrees, lengths):
+  angles = np.deg2rad(degrees)
+  J = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+  J *= np.asarray(lengths)[:, None]
+  tx = mtl_jax.con_fig(num_tasks=len(degrees))
+  update, state = update_of(tx, J)
   np.testing.assert_array_equal(update, 0)
   np.testing.assert_array_equal(state.task_weights, 0)
 

@@ -30,6 +30,11 @@ def _fair(gram, active, alpha, scale):
   return _solvers_fair.alpha_fair(gram, active, alpha, scale).weights
 
 
+# These tests compile much and compute little.
+_jit = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
 SOLVERS = {
   'min_norm': lambda gram, active: _solvers.min_norm(gram, active).weights,
   'conflict_averse_0.4': functools.partial(_direction, c=0.4),
@@ -50,7 +55,7 @@ def _value_and_gradient(name, size):
   def value(J, r):
     return r @ SOLVERS[name](J @ J.T, jnp.ones(size, bool))
 
-  return jax.jit(value), jax.jit(jax.grad(value))
+  return _jit(value), _jit(jax.grad(value))
 
 
 def _problem(size, seed):
@@ -63,7 +68,7 @@ def _problem(size, seed):
   return J, rng.standard_normal(size)
 
 
-@pytest.mark.parametrize('size', [1, 2, 3, 5])
+@pytest.mark.parametrize('size', [1, 2, 4])
 @pytest.mark.parametrize('name', SOLVERS)
 def test_derivative_is_the_finite_difference(name, size):
   value, gradient = _value_and_gradient(name, size)
@@ -83,9 +88,9 @@ def test_derivative_is_the_finite_difference(name, size):
 
 @pytest.mark.parametrize('name', SOLVERS)
 def test_derivative_in_float32_is_that_in_float64(name):
-  _, gradient = _value_and_gradient(name, 5)
+  _, gradient = _value_and_gradient(name, 4)
   for seed in range(3):
-    J, r = _problem(5, seed)
+    J, r = _problem(4, seed)
     found = gradient(J.astype(np.float32), r.astype(np.float32))
     assert found.dtype == jnp.float32
     with jax.enable_x64(True):
@@ -107,29 +112,29 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize(
-  'active', [(True,) * 3, (True, False, True), (False,) * 3]
-)
 @pytest.mark.parametrize('name', SOLVERS)
-def test_derivatives_are_finite_where_gradients_are_dependent(name, active):
-  solve = lambda gram: SOLVERS[name](gram, jnp.array(active))
-  both = jax.jit(
-    lambda gram: (jax.jacrev(solve)(gram), jax.jacfwd(solve)(gram))
+def test_derivatives_are_finite_where_gradients_are_dependent(name):
+  both = _jit(
+    lambda *args: (
+      jax.jacrev(SOLVERS[name])(*args),
+      jax.jacfwd(SOLVERS[name])(*args),
+    )
   )
-  there = np.array(active)
-  for J in DEGENERATE.values():
-    J = np.where(there[:, None], np.array(J, np.float32), 0)
-    backward, forward = both(jnp.asarray(J @ J.T))
-    assert np.all(np.isfinite(backward))
-    assert np.all(np.isfinite(forward))
+  for active in ([True] * 3, [True, False, True], [False] * 3):
+    there = np.array(active)
+    for J in DEGENERATE.values():
+      J = np.where(there[:, None], np.array(J, np.float32), 0)
+      backward, forward = both(J @ J.T, there)
+      assert np.all(np.isfinite(backward))
+      assert np.all(np.isfinite(forward))
 
 
 @pytest.mark.parametrize('name', SOLVERS)
 def test_derivative_of_a_batch_is_that_of_each(name):
-  _, gradient = _value_and_gradient(name, 3)
-  J, r = zip(*(_problem(3, seed) for seed in range(4)), strict=True)
+  _, gradient = _value_and_gradient(name, 4)
+  J, r = zip(*(_problem(4, seed) for seed in range(4)), strict=True)
   J, r = np.stack(J).astype(np.float32), np.stack(r).astype(np.float32)
-  found = jax.jit(jax.vmap(gradient))(J, r)
+  found = _jit(jax.vmap(gradient))(J, r)
   for i in range(4):
     right = np.asarray(gradient(J[i], r[i]))
     np.testing.assert_allclose(
