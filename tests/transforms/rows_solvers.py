@@ -29,6 +29,8 @@ METHODS = (
     # 2736^(1/3).
     golden=(0.437406, 11.060670, 11.060670),
     scale=float,
+    # A gradient shorter by a factor of f has a part f^(1/3) times as long.
+    bound=1e4,
     wrong=(
       ('alpha', 0.0),
       ('alpha', -1.0),

@@ -159,7 +159,7 @@ def test_state_keeps_its_form_under_jit_with_donation_and_one_compilation(
 ):
   tx = optax.chain(
     mtl_jax.flat_minima(
-      method.make(range(quadratics.SIZE)),
+      method.make_alone(range(quadratics.SIZE)),
       NAMES,
       optax.linear_schedule(0.1, 0.3, 10),
       combine=combine,
