@@ -134,7 +134,7 @@ def test_jit_equals_eager(method):
   eager, jitted = map(mtl_jax.diagnostics, (eager_state, jitted_state))
   assert eager.keys() == jitted.keys()
   for name in eager:
-    np.testing.assert_allclose(eager[name], jitted[name], atol=1e-5)
+    np.testing.assert_allclose(eager[name], jitted[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('method', methods.ALL)
