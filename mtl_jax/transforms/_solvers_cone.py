@@ -39,7 +39,7 @@ def _nonnegative_quadratic(matrix: jax.Array, linear: jax.Array) -> jax.Array:
   def step(carry, _):
     z, y = carry
     infeasible = matrix @ z + linear - y
-    solve = _solvers.factorised(matrix + jnp.diag(y / z))
+    solve = _solvers.factorised(matrix + jnp.diag(y * z))
 
     def direction(products):
       dz = solve(products / z - infeasible)
@@ -110,7 +110,7 @@ def dual_cone(
     matrix = still * keep[:, None] * keep[None, :] + jnp.diag(1 - keep)
     inner = cos @ z + linear
     z = _solvers.last_step(z, jnp.where(added, inner, 0), matrix)
-    wrong = jnp.where(added, jnp.abs(inner), 0.0)
+    wrong = jnp.where(added, jnp.abs(inner), jnp.maximum(-inner, 0))
     return u + z, wrong
 
   v, wrong = jax.vmap(project)(units)
