@@ -39,7 +39,7 @@ def _nonnegative_quadratic(matrix: jax.Array, linear: jax.Array) -> jax.Array:
   def step(carry, _):
     z, y = carry
     infeasible = matrix @ z + linear - y
-    solve = _solvers.factorised(matrix + jnp.diag(y * z))
+    solve = _solvers.factorised(matrix + jnp.diag(y / z))
 
     def direction(products):
       dz = solve(products / z - infeasible)
