@@ -1,7 +1,7 @@
 """Small convex problems over the simplex, solved on the device.
 
-Every solver, here and in `_solvers_cone` and `_solvers_fair`, is a fixed number
-of iterations of `jax.lax` code, so that it lives inside `jit` and `vmap`
+Every solver, here and in the files `_solvers_*`, is a fixed number of
+iterations of `jax.lax` code, so that it lives inside `jit`, `vmap` and `grad`
 without a callback to the host. They work on the *cosines* of the task
 gradients, not on their raw inner products: lengths that differ by orders of
 magnitude then cost no accuracy.
@@ -117,12 +117,12 @@ def simplex_projection(x: jax.Array, active: jax.Array) -> _from_gram.Solution:
   Returns:
     weights [T], and how far their sum is from 1.
   """
-  # Relative to the largest the others cannot be drowned in rounding, and theta
-  # is between -1 and 0: what lies below never has a weight.
+  # Relative to the largest, theta is between -1 and 0 and not drowned in
+  # rounding, and what lies below never has a weight.
   x = jnp.where(active, x, -jnp.inf)
   largest = jnp.max(x)
   x = x - jnp.where(jnp.isfinite(largest), largest, 0)
-  x = jnp.where(active, jnp.maximum(x, -2), -2)
+  x = jnp.where(active, x, -2)
   ordered = -jnp.sort(-x)
   counts = jnp.arange(1, x.shape[0] + 1)
   inside = ordered * counts > jnp.cumsum(ordered) - 1

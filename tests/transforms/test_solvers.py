@@ -208,3 +208,26 @@ def test_batch_of_problems_has_the_solutions_of_each(solver, size):
   found = jax.jit(batched)(grams).weights
   for gram, weights in zip(grams, found, strict=True):
     np.testing.assert_allclose(weights, solve(gram).weights, atol=1e-5)
+
+
+@pytest.mark.parametrize('solver', ['min_norm', 'conflict_averse'])
+def test_residual_of_weights_that_are_not_optimal(solver, monkeypatch):
+  # Equal weights instead of the best.
+  J = _rows('plain', 4)
+  lengths = np.linalg.norm(J, axis=1)
+  v = jnp.asarray(lengths / lengths.min() / 4, jnp.float32)
+  gram, active, c = _gram(J), jnp.ones(4, bool), 0.4
+  if solver == 'min_norm':
+    monkeypatch.setattr(_solvers, 'interior_point', lambda *args: v)
+    found, mean = _solvers.min_norm(gram, active), J.mean(axis=0)
+    shortfall = (mean @ mean - J @ mean) / lengths / lengths.mean()
+  else:
+    monkeypatch.setattr(_solvers_averse, '_minimiser', lambda *args: v)
+    found, _ = _solvers_averse.conflict_averse(gram, active, c)
+    # g_w is the mean here.
+    mean = J.mean(axis=0)
+    slopes = (1 + c) * (J @ mean) / np.linalg.norm(mean)
+    shortfall = (slopes.mean() - slopes) / lengths / (1 + c)
+  np.testing.assert_allclose(found.weights, 0.25, rtol=1e-5)
+  assert shortfall.max() > 0.01
+  np.testing.assert_allclose(found.residual, shortfall.max(), rtol=1e-4)

@@ -99,6 +99,17 @@ def test_residual_of_one_projection_is_what_its_docstring_says(
   np.testing.assert_allclose(found.residual, right, rtol=1e-2)
 
 
+def test_residual_tells_a_conflict_that_nothing_was_done_about(monkeypatch):
+  nothing = lambda matrix, linear: jnp.zeros_like(linear)
+  monkeypatch.setattr(_solvers_cone, '_nonnegative_quadratic', nothing)
+  J = np.array([[3.0, 0.0], [-4.0, 3.0]])
+  found = _solvers_cone.dual_cone(
+    jnp.asarray(J @ J.T, jnp.float32), jnp.ones(2, bool), jnp.ones((1, 2))
+  )
+  # The sum is (-1, 3).
+  np.testing.assert_allclose(found.residual, 1 / np.sqrt(10), rtol=1e-5)
+
+
 METHODS = {
   'upgrad': mtl_jax.upgrad,
   'dualproj': mtl_jax.dualproj,

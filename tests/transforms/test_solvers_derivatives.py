@@ -16,7 +16,7 @@ from mtl_jax.transforms import _solvers_fair
 def _direction(gram, active, c):
   """The multiplier of CAGrad too, for the update depends on it."""
   found, multiplier = _solvers_averse.conflict_averse(gram, active, c)
-  return found.weights * multiplier
+  return found.weights * (1 + multiplier)
 
 
 def _cone(gram, active, together):
@@ -100,6 +100,20 @@ def test_derivative_in_float32_is_that_in_float64(name):
     )
 
 
+def test_derivative_at_a_cosine_of_one_by_hand():
+  # Of two unit gradients Nash's weights are (1 + k)^(-1/2), k their cosine.
+  def weight(k):
+    gram = jnp.array([[1.0, 0.0], [0.0, 1.0]]) + k * jnp.array(
+      [[0.0, 1.0], [1.0, 0.0]]
+    )
+    return _fair(gram, jnp.ones(2, bool), 1.0, 'paper')[0]
+
+  for k in (1.0, 0.5):
+    np.testing.assert_allclose(
+      jax.grad(weight)(k), -0.5 * (1 + k) ** -1.5, rtol=1e-5
+    )
+
+
 DEGENERATE = {
   'equal': [[1, 2, 3], [1, 2, 3], [1, 2, 3]],
   'parallel': [[1, 2, 3], [0.1, 0.2, 0.3], [10, 20, 30]],
@@ -127,6 +141,25 @@ def test_derivatives_are_finite_where_gradients_are_dependent(name):
       backward, forward = both(J @ J.T, there)
       assert np.all(np.isfinite(backward))
       assert np.all(np.isfinite(forward))
+
+
+@pytest.mark.parametrize(
+  'name', ['min_norm', 'dual_cone_each', 'fair_10_paper']
+)
+def test_derivatives_are_finite_for_many_dependent_tasks(name):
+  # In float32 some of these matrices cannot be factorised, ridge or not.
+  active = jnp.ones(40, bool)
+  gradient = _jit(
+    jax.grad(lambda gram: jnp.arange(40.0) @ SOLVERS[name](gram, active))
+  )
+  for dimensions in (1, 2, 3, 10):
+    for seed in range(6):
+      J = np.random.default_rng(seed).standard_normal((40, dimensions))
+      if seed % 2:
+        J[:, 0] = 0.1 + np.abs(J[:, 0])
+      if seed >= 4:
+        J = J[:1] + 1e-4 * J
+      assert np.all(np.isfinite(gradient(jnp.asarray(J @ J.T, jnp.float32))))
 
 
 @pytest.mark.parametrize('name', SOLVERS)

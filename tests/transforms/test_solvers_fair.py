@@ -78,6 +78,13 @@ def test_fair_weights_satisfy_their_conditions(size, kind, alpha):
   assert np.minimum(off, other).max() <= 1e-4
 
 
+@pytest.mark.parametrize(
+  ('kind', 'alpha', 'seed'), [('scaled', 0.1, 3), ('low_rank', 100.0, 1)]
+)
+def test_solution_is_found_where_full_steps_would_not_lead(kind, alpha, seed):
+  assert _solve(_rows(kind, 40, seed), alpha)[1] <= 1e-4
+
+
 @pytest.mark.parametrize('alpha', [0.3, 2.0])
 @pytest.mark.parametrize('kind', ['plain', 'scaled', 'conflicting'])
 @pytest.mark.parametrize('size', [3, 10])
