@@ -31,7 +31,6 @@ FACTORIES = tuple({m.factory: m for m in reversed(methods.METHODS)}.values())[
 # Those that have weights, and those of which the reference knows the draws: a
 # method that draws for each coordinate draws anew for each leaf.
 WEIGHTED = tuple(m for m in methods.METHODS if m.weights != 'none')
-WEIGHTED_FACTORIES = tuple(m for m in FACTORIES if m.weights != 'none')
 KNOWN = tuple(
   m for m in methods.METHODS if not (m.random and m.weights == 'none')
 )
