@@ -1,6 +1,8 @@
 """Every test runs on eight virtual CPU devices, without the network."""
 
+import itertools
 import os
+import pathlib
 
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
@@ -8,5 +10,23 @@ os.environ['XLA_FLAGS'] = (
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import jax
+import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# Every compiled program holds some 20 to 200 memory maps of its process, of
+# which Linux allows 65,530: past that XLA crashes while it compiles.
+_MAPS = pathlib.Path('/proc/self/maps')
+_TOO_MANY = 25_000
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs_in_memory():
+  """Forgets all compiled programs, between tests, before there are too many."""
+  yield
+  # To count them takes some milliseconds.
+  if next(_tests) % 25 == 0 and _MAPS.exists():
+    with _MAPS.open() as maps:
+      if sum(1 for _ in maps) > _TOO_MANY:
+        jax.clear_caches()
