@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from mtl_jax import slices as slicing
 from mtl_jax import transforms
 from mtl_jax import types
-from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _labels
 
@@ -124,7 +124,7 @@ def task_grad(
     [ 6. 20.] [3. 5.] 4.0
   """
   names = _labels.check_task_names(task_names)
-  _aggregator.one_of('engine', engine, _ENGINES)
+  _arguments.one_of('engine', engine, _ENGINES)
   if micro_batches < 1:
     raise ValueError(f'micro_batches must be at least 1, got {micro_batches}')
   size = len(names)

@@ -7,7 +7,6 @@ how replicas and shards are reduced, and which shapes are right.
 
 from collections.abc import Callable
 from collections.abc import Hashable
-from collections.abc import Sequence
 import inspect
 from typing import Any
 from typing import NamedTuple
@@ -17,11 +16,7 @@ import jax.numpy as jnp
 import optax
 from optax.experimental import aggregating
 
-
-def one_of(argument: str, value: Any, choices: Sequence[str]) -> None:
-  """Raises unless `value` is one of `choices`."""
-  if value not in choices:
-    raise ValueError(f'{argument} must be one of {choices}, got {value!r}')
+from mtl_jax.transforms import _arguments
 
 
 class Axes(NamedTuple):
@@ -40,7 +35,7 @@ class Axes(NamedTuple):
   shard_axis: Hashable | None = None
 
   def check(self) -> 'Axes':
-    one_of('reduce', self.reduce, ('mean', 'sum'))
+    _arguments.one_of('reduce', self.reduce, ('mean', 'sum'))
     if self.axis_name is not None and self.axis_name == self.shard_axis:
       raise ValueError(
         'axis_name and shard_axis must be different axes, got '

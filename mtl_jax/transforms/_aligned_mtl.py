@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
-from mtl_jax.transforms import _loss_weighting
 from mtl_jax.transforms import _solvers
 
 _SCALES = ('min', 'median', 'rmse')
@@ -150,11 +150,8 @@ def aligned_mtl(
     Senushkin et al., `Independent Component Alignment for Multi-Task Learning
     <https://arxiv.org/abs/2305.19000>`_, 2023, Algorithm 1
   """
-  _aggregator.one_of('scale', scale, _SCALES)
-  if preference is not None:
-    preference = _loss_weighting.as_weights('preference', preference)
-    if num_tasks is not None:
-      _loss_weighting.check_length('preference', preference, num_tasks)
+  _arguments.one_of('scale', scale, _SCALES)
+  preference = _arguments.as_preference(preference, num_tasks)
 
   def weights_fn(gram, *, losses, active):
     del losses
@@ -184,7 +181,7 @@ def aligned_mtl(
     if preference is None:
       wanted = active / jnp.maximum(jnp.sum(active), 1).astype(gram.dtype)
     else:
-      _loss_weighting.check_length('preference', preference, gram.shape[0])
+      _arguments.check_length('preference', preference, gram.shape[0])
       wanted = jnp.where(active, jnp.asarray(preference, gram.dtype), 0)
     return (stretch * (axes @ wanted)) @ axes
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _bilevel
 
 
@@ -109,7 +110,7 @@ def auto_lambda(
       raise ValueError(
         f'primary must be distinct indices of tasks, got {primary}'
       )
-  _bilevel.check_positive('initial', initial)
+  _arguments.check_positive('initial', initial)
   adam = optax.adam(1e-4) if optimizer is None else optimizer
   _bilevel.check_optimizer(adam)
 

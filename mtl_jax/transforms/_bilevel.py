@@ -7,7 +7,6 @@ one backward pass.
 """
 
 from collections.abc import Callable
-import math
 from typing import Any
 from typing import NamedTuple
 
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _inner
-from mtl_jax.transforms import _lift
 
 LossFn = Callable[[Any, Any], jax.Array]
 
@@ -84,16 +83,10 @@ def check_optimizer(optimizer: Any) -> None:
     )
 
 
-def check_positive(argument: str, value: float) -> None:
-  """Raises unless `value` is a positive number."""
-  if not (math.isfinite(value) and value > 0):
-    raise ValueError(f'{argument} must be positive and finite, got {value}')
-
-
 def check_tasks(num_tasks: int) -> None:
   if num_tasks is None:
     raise ValueError(f'num_tasks must be at least 1, got {num_tasks}')
-  _lift.check_num_tasks(num_tasks)
+  _arguments.check_num_tasks(num_tasks)
 
 
 def dtype_of(params: Any) -> Any:

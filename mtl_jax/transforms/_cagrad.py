@@ -5,6 +5,7 @@ from collections.abc import Hashable
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
 from mtl_jax.transforms import _solvers_averse
 
@@ -60,9 +61,8 @@ def cagrad(
     Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning
     <https://arxiv.org/abs/2110.14048>`_, 2021, Algorithm 1
   """
-  if not 0 <= c < float('inf'):
-    raise ValueError(f'c must be finite and not negative, got {c}')
-  _aggregator.one_of('rescale', rescale, ('none', '1+c^2', '1+c'))
+  _arguments.check_not_negative('c', c)
+  _arguments.one_of('rescale', rescale, ('none', '1+c^2', '1+c'))
   divisor = {'none': 1.0, '1+c^2': 1 + c * c, '1+c': 1 + c}[rescale]
 
   def weights_fn(gram, *, losses, active):

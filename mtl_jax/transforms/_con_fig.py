@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
-from mtl_jax.transforms import _loss_weighting
 from mtl_jax.transforms import _solvers
 
 # Eigenvalues of the matrix of cosines below this, times the number of tasks,
@@ -68,17 +68,14 @@ def con_fig(
     Liu, Chu and Thuerey, `ConFIG: Towards Conflict-free Training of Physics
     Informed Neural Networks <https://arxiv.org/abs/2408.11104>`_, 2024, eq. 2
   """
-  if preference is not None:
-    preference = _loss_weighting.as_weights('preference', preference)
-    if num_tasks is not None:
-      _loss_weighting.check_length('preference', preference, num_tasks)
+  preference = _arguments.as_preference(preference, num_tasks)
 
   def weights_fn(gram, *, losses, active):
     del losses
     lengths, cos, usable = _solvers.cosines(gram, active)
     wanted = usable.astype(gram.dtype)
     if preference is not None:
-      _loss_weighting.check_length('preference', preference, gram.shape[0])
+      _arguments.check_length('preference', preference, gram.shape[0])
       wanted = jnp.where(usable, jnp.asarray(preference, gram.dtype), 0)
     largest = jnp.max(wanted)
     wanted = wanted / jnp.where(largest > 0, largest, 1)

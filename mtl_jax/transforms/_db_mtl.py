@@ -1,7 +1,6 @@
 """Dual balancing of losses and gradients."""
 
 from collections.abc import Hashable
-import math
 from typing import Any
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _lift
 from mtl_jax.transforms import _tracked
 
@@ -87,10 +87,7 @@ def db_mtl(
   """
   if not 0 <= beta < 1:
     raise ValueError(f'beta must be in [0, 1), got {beta}')
-  if not 0 <= beta_decay < math.inf:
-    raise ValueError(
-      f'beta_decay must be finite and not negative, got {beta_decay}'
-    )
+  _arguments.check_not_negative('beta_decay', beta_decay)
 
   def memory(size, params, dtype):
     del dtype

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
-from mtl_jax.transforms import _loss_weighting
 from mtl_jax.transforms import _solvers_cone
 
 
@@ -67,16 +67,13 @@ def dualproj(
     Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
     <https://arxiv.org/abs/2406.16232>`_, 2024 (the name)
   """
-  if preference is not None:
-    preference = _loss_weighting.as_weights('preference', preference)
-    if num_tasks is not None:
-      _loss_weighting.check_length('preference', preference, num_tasks)
+  preference = _arguments.as_preference(preference, num_tasks)
 
   def weights_fn(gram, *, losses, active):
     del losses
     wanted = active / jnp.maximum(jnp.sum(active), 1)
     if preference is not None:
-      _loss_weighting.check_length('preference', preference, gram.shape[0])
+      _arguments.check_length('preference', preference, gram.shape[0])
       wanted = jnp.asarray(preference)
     return _solvers_cone.dual_cone(
       gram, active, wanted.astype(gram.dtype)[None]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _inner
 
 
@@ -74,8 +75,7 @@ def every(
     <https://arxiv.org/abs/2202.01017>`_, 2022 (`update_weights_every` in the
     authors' code)
   """
-  if k < 1:
-    raise ValueError(f'k must be at least 1, got {k}')
+  _arguments.check_count('k', k)
   inner = _aggregator.as_aggregator(aggregator)
   check_weights('every', inner)
   if num_tasks is not None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _lift
 from mtl_jax.transforms import _tracked
@@ -98,10 +99,8 @@ def excess_mtl(
     He et al., `Robust Multi-Task Learning with Excess Risks
     <https://arxiv.org/abs/2402.02009>`_, 2024, eq. 6, 7 and 9
   """
-  if not 0 < step_size < math.inf:
-    raise ValueError(f'step_size must be finite and positive, got {step_size}')
-  if warmup < 1:
-    raise ValueError(f'warmup must be at least 1, got {warmup}')
+  _arguments.check_positive('step_size', step_size)
+  _arguments.check_count('warmup', warmup)
 
   def memory(size, params, dtype):
     return ExcessMtlMemory(

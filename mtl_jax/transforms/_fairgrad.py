@@ -1,9 +1,9 @@
 """Alpha-fair multi-task learning."""
 
 from collections.abc import Hashable
-import math
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
 from mtl_jax.transforms import _solvers_fair
 
@@ -68,9 +68,8 @@ def fairgrad(
     Ban and Ji, `Fair Resource Allocation in Multi-Task Learning
     <https://arxiv.org/abs/2402.15638>`_, 2024, Algorithm 1
   """
-  if not 0 < alpha < math.inf:
-    raise ValueError(f'alpha must be positive and finite, got {alpha}')
-  _aggregator.one_of('scale', scale, _solvers_fair.SCALES)
+  _arguments.check_positive('alpha', alpha)
+  _arguments.one_of('scale', scale, _solvers_fair.SCALES)
 
   def weights_fn(gram, *, losses, active):
     del losses

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _diagnostics
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _labels
@@ -53,8 +54,7 @@ def _schedule(name: str, rho: Any) -> Callable[[jax.Array], Any]:
     return lambda count: rho
   if not isinstance(rho, int | float | np.number):
     raise TypeError(f'{name} must be a number or a schedule, got {rho!r}')
-  if not 0 <= rho < float('inf'):
-    raise ValueError(f'{name} must be finite and not negative, got {rho}')
+  _arguments.check_not_negative(name, float(rho))
   return lambda count: rho
 
 
@@ -196,9 +196,9 @@ def flat_minima(
   size = len(names)
   inner = _aggregator.as_aggregator(aggregator).for_tasks(size)
   axes = inner.axes
-  _aggregator.one_of('norm', norm, ('separate', 'joint'))
-  _aggregator.one_of('combine', combine, _COMBINATIONS)
-  _aggregator.one_of('head_scale', head_scale, _shared_only.HEAD_SCALES)
+  _arguments.one_of('norm', norm, ('separate', 'joint'))
+  _arguments.one_of('combine', combine, _COMBINATIONS)
+  _arguments.one_of('head_scale', head_scale, _shared_only.HEAD_SCALES)
   if not eps > 0:
     raise ValueError(f'eps must be positive, got {eps}')
   if combiner is not None and combine not in ('second', 'each'):

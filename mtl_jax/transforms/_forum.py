@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _bilevel
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _solvers_constrained
@@ -141,10 +142,9 @@ def forum(
     Ye et al., `A First-Order Multi-Gradient Algorithm for Multi-Objective
     Bi-Level Optimization <https://arxiv.org/abs/2401.09257>`_, 2024
   """
-  _bilevel.check_positive('rho', rho)
-  if inner_steps < 1:
-    raise ValueError(f'inner_steps must be at least 1, got {inner_steps}')
-  _aggregator.one_of('normalization', normalization, ('none', 'l2'))
+  _arguments.check_positive('rho', rho)
+  _arguments.check_count('inner_steps', inner_steps)
+  _arguments.one_of('normalization', normalization, ('none', 'l2'))
   if beta is not None and not callable(beta) and not 0 <= beta <= 1:
     raise ValueError(f'beta must be in [0, 1], got {beta}')
   adam = optax.adam(1e-3) if optimizer is None else optimizer

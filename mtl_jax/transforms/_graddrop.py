@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable
 from collections.abc import Sequence
-import math
 from typing import Any
 
 import jax
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _lift
-from mtl_jax.transforms import _loss_weighting
 
 
 def graddrop(
@@ -70,17 +69,15 @@ def graddrop(
     Gradient Sign Dropout <https://arxiv.org/abs/2010.06808>`_, 2020,
     Algorithm 1
   """
-  _lift.check_seed(seed)
-  leaks = tuple(float(x) for x in np.ravel(leak))
-  if not all(math.isfinite(x) and 0 <= x <= 1 for x in leaks) or not leaks:
+  _arguments.check_seed(seed)
+  leaks = _arguments.as_numbers('leak', leak)
+  if not all(0 <= x <= 1 for x in np.ravel(leaks)):
     raise ValueError(f'leak must be from 0 to 1, got {leak}')
-  if np.ndim(leak) and num_tasks is not None:
-    _loss_weighting.check_length('leak', leaks, num_tasks)
+  _arguments.check_length('leak', leaks, num_tasks)
 
   def combine(given: _lift.Given) -> _lift.Combined:
     size = given.active.shape[0]
-    if np.ndim(leak):
-      _loss_weighting.check_length('leak', leaks, size)
+    _arguments.check_length('leak', leaks, size)
     key: Any = given.key
     if given.axes.shard_axis is not None:
       # Shards hold different coordinates.

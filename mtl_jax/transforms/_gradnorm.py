@@ -1,13 +1,13 @@
 """Gradient normalization."""
 
 from collections.abc import Hashable
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
 from mtl_jax.transforms import _simplex_memory
 
@@ -95,13 +95,9 @@ def gradnorm(
     in Deep Multitask Networks <https://arxiv.org/abs/1711.02257>`_, 2018,
     Algorithm 1
   """
-  if not 0 <= alpha < math.inf:
-    raise ValueError(f'alpha must be finite and not negative, got {alpha}')
-  if not 0 < learning_rate < math.inf:
-    raise ValueError(
-      f'learning_rate must be finite and positive, got {learning_rate}'
-    )
-  _aggregator.one_of('scale', scale, ('relative', 'paper'))
+  _arguments.check_not_negative('alpha', alpha)
+  _arguments.check_positive('learning_rate', learning_rate)
+  _arguments.one_of('scale', scale, ('relative', 'paper'))
 
   def memory(size, dtype):
     return GradNormMemory(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
-from mtl_jax.transforms import _lift
 from mtl_jax.transforms import _solvers
 
 # To turn a gradient into the direction of another takes infinitely much of it;
@@ -82,7 +82,7 @@ def gradvac(
   """
   if not 0 <= beta <= 1:
     raise ValueError(f'beta must be from 0 to 1, got {beta}')
-  _lift.check_seed(seed)
+  _arguments.check_seed(seed)
 
   def weights_fn(gram, *, losses, active, key, memory):
     del losses

@@ -5,8 +5,8 @@ from collections.abc import Hashable
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
-from mtl_jax.transforms import _loss_weighting
 
 
 def krum(
@@ -57,8 +57,8 @@ def krum(
     Blanchard et al., `Machine Learning with Adversaries: Byzantine Tolerant
     Gradient Descent <https://arxiv.org/abs/1703.02757>`_, 2017, section 4
   """
-  _loss_weighting.check_count('num_byzantine', num_byzantine, 0)
-  _loss_weighting.check_count('num_selected', num_selected)
+  _arguments.check_count('num_byzantine', num_byzantine, 0)
+  _arguments.check_count('num_selected', num_selected)
   fewest = max(2 * num_byzantine + 3, num_selected)
   # Where nobody is to be outvoted a mean is as good.
   refused = fewest if num_byzantine else num_selected

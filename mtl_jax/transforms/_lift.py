@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _inner
 
 
@@ -108,18 +108,6 @@ class Combined(NamedTuple):
   update_inner: tuple[jax.Array, jax.Array] | None = None
 
 
-def check_seed(seed: int | jax.Array) -> None:
-  """Raises unless `seed` is an integer or a typed key."""
-  if isinstance(seed, jax.Array):
-    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-      return
-  elif isinstance(seed, int | np.integer):
-    return
-  raise TypeError(
-    f'seed must be an int or a typed key (jax.random.key), got {seed!r}'
-  )
-
-
 def own_key(seed: int | jax.Array | None) -> jax.Array | None:
   """A fresh typed key, so that no two states ever share a buffer."""
   if seed is None:
@@ -130,11 +118,6 @@ def own_key(seed: int | jax.Array | None) -> jax.Array | None:
     jnp.array(jax.random.key_data(seed), copy=True),
     impl=jax.random.key_impl(seed),
   )
-
-
-def check_num_tasks(num_tasks: int | None) -> None:
-  if num_tasks is not None and num_tasks < 1:
-    raise ValueError(f'num_tasks must be at least 1, got {num_tasks}')
 
 
 def check_extra_grads(extra_grads: Any, number: int) -> tuple[Any, ...]:
@@ -206,9 +189,9 @@ def lift(
       `num_tasks`; at `update` for leaves without a task axis, of different T or
       unlike `params`, and for another number of `extra_grads`.
   """
-  check_num_tasks(num_tasks)
+  _arguments.check_num_tasks(num_tasks)
   if seed is not None:
-    check_seed(seed)
+    _arguments.check_seed(seed)
   axes = axes or _aggregator.Axes()
 
   def init(params):

@@ -2,11 +2,11 @@
 
 from collections.abc import Hashable
 from collections.abc import Sequence
-import math
 
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
 
 
@@ -56,26 +56,14 @@ def linear(
     Learning <https://arxiv.org/abs/2201.04122>`_, 2022
   """
   if weights is not None:
-    weights = tuple(float(w) for w in weights)
-    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(
-      weights
-    ):
-      raise ValueError(
-        f'weights must be finite, non-negative and not all 0, got {weights}'
-      )
-    if num_tasks is not None and len(weights) != num_tasks:
-      raise ValueError(
-        f'weights must have length num_tasks={num_tasks}, got {weights}'
-      )
+    weights = _arguments.as_weights('weights', weights)
+    _arguments.check_length('weights', weights, num_tasks)
 
   def weights_fn(gram, *, losses, active):
     del losses
     if weights is None:
       return active / jnp.maximum(jnp.sum(active), 1).astype(gram.dtype)
-    if len(weights) != gram.shape[0]:
-      raise ValueError(
-        f'weights {weights} must be as many as tasks, got {gram.shape[0]} tasks'
-      )
+    _arguments.check_length('weights', weights, gram.shape[0])
     return jnp.asarray(weights, gram.dtype)
 
   return _from_gram.from_gram(

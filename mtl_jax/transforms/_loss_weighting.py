@@ -2,18 +2,15 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
-from collections.abc import Sequence
 import inspect
-import math
 from typing import Any
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mtl_jax.transforms import _aggregator
-from mtl_jax.transforms import _lift
+from mtl_jax.transforms import _arguments
 
 
 class LossWeighting(NamedTuple):
@@ -120,7 +117,7 @@ def loss_weighting(
   """
 
   def checked_init(num_tasks):
-    _lift.check_num_tasks(num_tasks)
+    _arguments.check_num_tasks(num_tasks)
     return init(num_tasks)
 
   def checked_update(losses, state, *, active=None, **unused):
@@ -158,7 +155,7 @@ def stateless(
 
   def init(num_tasks):
     for argument, values in per_task:
-      check_length(argument, values, num_tasks)
+      _arguments.check_length(argument, values, num_tasks)
     return ()
 
   def checked(losses, state, active):
@@ -186,47 +183,3 @@ def softmax(x: jax.Array, active: jax.Array) -> jax.Array:
   shifted = jnp.where(active, x - largest, 0)
   exponentials = jnp.where(active, jnp.exp(shifted), 0)
   return exponentials / jnp.maximum(jnp.sum(exponentials), 1)
-
-
-def as_numbers(
-  argument: str, values: float | Sequence[float]
-) -> float | tuple[float, ...]:
-  """A finite number for all tasks, or a tuple of one each."""
-  if np.ndim(values) > 1 or np.size(values) == 0:
-    raise ValueError(f'{argument} must be a number or [tasks], got {values!r}')
-  numbers = tuple(float(v) for v in np.ravel(values))
-  if not all(math.isfinite(v) for v in numbers):
-    raise ValueError(f'{argument} must be finite, got {values!r}')
-  return numbers if np.ndim(values) else numbers[0]
-
-
-def as_weights(argument: str, values: Sequence[float]) -> tuple[float, ...]:
-  """A tuple of non-negative numbers that are not all zero."""
-  if np.ndim(values) != 1:
-    raise ValueError(f'{argument} must be [tasks], got {values!r}')
-  weights = tuple(float(v) for v in values)
-  if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
-    raise ValueError(
-      f'{argument} must be finite, non-negative and not all 0, got {weights}'
-    )
-  return weights
-
-
-def check_length(argument: str, values: Any, num_tasks: int) -> None:
-  """Raises unless there is one value a task, or one for all."""
-  if isinstance(values, tuple) and len(values) != num_tasks:
-    raise ValueError(
-      f'{argument} must be as many as tasks, got {values} for {num_tasks} tasks'
-    )
-
-
-def check_positive(argument: str, value: float) -> None:
-  if not 0 < value < math.inf:
-    raise ValueError(f'{argument} must be positive and finite, got {value}')
-
-
-def check_count(argument: str, value: int, least: int = 1) -> None:
-  if value != int(value) or value < least:
-    raise ValueError(
-      f'{argument} must be a whole number of at least {least}, got {value}'
-    )

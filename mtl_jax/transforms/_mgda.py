@@ -5,6 +5,7 @@ from collections.abc import Hashable
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
 from mtl_jax.transforms import _solvers
 
@@ -62,7 +63,7 @@ def mgda(
     Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
     <https://arxiv.org/abs/1810.04650>`_, 2018, eq. 3
   """
-  _aggregator.one_of('normalization', normalization, _NORMALIZATIONS)
+  _arguments.one_of('normalization', normalization, _NORMALIZATIONS)
 
   def weights_fn(gram, *, losses, active):
     scale = jnp.ones_like(gram[0])

@@ -1,7 +1,6 @@
 """Multi-objective gradient correction."""
 
 from collections.abc import Hashable
-import math
 from typing import Any
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _lift
 from mtl_jax.transforms import _simplex_memory
 from mtl_jax.transforms import _solvers
@@ -101,16 +101,11 @@ def moco(
   """
   if not 0 < beta <= 1:
     raise ValueError(f'beta must be in (0, 1], got {beta}')
-  if not 0 < gamma < math.inf:
-    raise ValueError(f'gamma must be finite and positive, got {gamma}')
-  for name, value in (
-    ('beta_decay', beta_decay),
-    ('gamma_decay', gamma_decay),
-    ('rho', rho),
-  ):
-    if not 0 <= value < math.inf:
-      raise ValueError(f'{name} must be finite and not negative, got {value}')
-  _aggregator.one_of('scale', scale, ('relative', 'paper'))
+  _arguments.check_positive('gamma', gamma)
+  _arguments.check_not_negative('beta_decay', beta_decay)
+  _arguments.check_not_negative('gamma_decay', gamma_decay)
+  _arguments.check_not_negative('rho', rho)
+  _arguments.one_of('scale', scale, ('relative', 'paper'))
 
   def memory(size, params, dtype):
     return MocoMemory(

@@ -1,12 +1,12 @@
 """Multi-objective gradient descent with double sampling."""
 
 from collections.abc import Hashable
-import math
 from typing import Any
 
 import jax
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _lift
 from mtl_jax.transforms import _simplex_memory
@@ -76,12 +76,10 @@ def modo(
     Generalization and Conflict-Avoidance <https://arxiv.org/abs/2305.20057>`_,
     2023, Algorithm 1
   """
-  if not 0 < gamma < math.inf:
-    raise ValueError(f'gamma must be finite and positive, got {gamma}')
-  if not 0 <= rho < math.inf:
-    raise ValueError(f'rho must be finite and not negative, got {rho}')
-  _aggregator.one_of('batches', batches, ('three', 'two'))
-  _aggregator.one_of('scale', scale, ('relative', 'paper'))
+  _arguments.check_positive('gamma', gamma)
+  _arguments.check_not_negative('rho', rho)
+  _arguments.one_of('batches', batches, ('three', 'two'))
+  _arguments.one_of('scale', scale, ('relative', 'paper'))
 
   def combine(given: _lift.Given) -> _lift.Combined:
     size = given.gram.shape[0]

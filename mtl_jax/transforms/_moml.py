@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _bilevel
 from mtl_jax.transforms import _solvers
 
@@ -112,7 +113,7 @@ def moml(
     Ye et al., `Multi-Objective Meta Learning
     <https://arxiv.org/abs/2102.07121>`_, 2021
   """
-  _aggregator.one_of('normalization', normalization, _NORMALIZATIONS)
+  _arguments.one_of('normalization', normalization, _NORMALIZATIONS)
   adam = optax.adam(1e-3) if optimizer is None else optimizer
   _bilevel.check_optimizer(adam)
 

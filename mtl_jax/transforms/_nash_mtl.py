@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
 from mtl_jax.transforms import _solvers_fair
 
@@ -64,7 +65,7 @@ def nash_mtl(
     Navon et al., `Multi-Task Learning as a Bargaining Game
     <https://arxiv.org/abs/2202.01017>`_, 2022, Claim 3.1
   """
-  _aggregator.one_of('scale', scale, _solvers_fair.SCALES)
+  _arguments.one_of('scale', scale, _solvers_fair.SCALES)
 
   def weights_fn(gram, *, losses, active):
     del losses

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
-from mtl_jax.transforms import _lift
 
 
 def pcgrad(
@@ -59,8 +59,8 @@ def pcgrad(
     Yu et al., `Gradient Surgery for Multi-Task Learning
     <https://arxiv.org/abs/2001.06782>`_, 2020, Algorithm 1
   """
-  _aggregator.one_of('reduction', reduction, ('sum', 'mean'))
-  _lift.check_seed(seed)
+  _arguments.one_of('reduction', reduction, ('sum', 'mean'))
+  _arguments.check_seed(seed)
 
   def weights_fn(gram, *, losses, active, key):
     del losses

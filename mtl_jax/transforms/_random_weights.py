@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
-from mtl_jax.transforms import _lift
 
 
 def random_weights(
@@ -53,7 +53,7 @@ def random_weights(
     Lin et al., `Reasonable Effectiveness of Random Weighting: A Litmus Test for
     Multi-Task Learning <https://arxiv.org/abs/2111.10603>`_, 2022
   """
-  _lift.check_seed(seed)
+  _arguments.check_seed(seed)
 
   def weights_fn(gram, *, losses, active, key):
     del losses

@@ -2,12 +2,12 @@
 
 from collections.abc import Hashable
 from collections.abc import Sequence
-import math
 
 import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
 from mtl_jax.transforms import _simplex_memory
 from mtl_jax.transforms import _solvers
@@ -97,30 +97,15 @@ def sdmgrad(
     Provable Stochastic Algorithms <https://arxiv.org/abs/2305.18409>`_, 2023,
     Algorithm 1
   """
-  if not 0 <= lambda_ < math.inf:
-    raise ValueError(f'lambda_ must be finite and not negative, got {lambda_}')
-  if preference is not None:
-    preference = tuple(float(p) for p in preference)
-    if not all(0 <= p < math.inf for p in preference) or not any(preference):
-      raise ValueError(
-        'preference must be finite, non-negative and not all 0, got '
-        f'{preference}'
-      )
-    if num_tasks is not None and len(preference) != num_tasks:
-      raise ValueError(
-        f'preference must have length num_tasks={num_tasks}, got {preference}'
-      )
-  _aggregator.one_of('sampling', sampling, ('independent', 'single'))
-  if inner_steps < 1:
-    raise ValueError(f'inner_steps must be at least 1, got {inner_steps}')
-  if not 0 < learning_rate < math.inf:
-    raise ValueError(
-      f'learning_rate must be finite and positive, got {learning_rate}'
-    )
+  _arguments.check_not_negative('lambda_', lambda_)
+  preference = _arguments.as_preference(preference, num_tasks)
+  _arguments.one_of('sampling', sampling, ('independent', 'single'))
+  _arguments.check_count('inner_steps', inner_steps)
+  _arguments.check_positive('learning_rate', learning_rate)
   if not 0 <= momentum < 1:
     raise ValueError(f'momentum must be in [0, 1), got {momentum}')
-  _aggregator.one_of('scale', scale, ('relative', 'paper'))
-  _aggregator.one_of('rescale', rescale, ('none', '1+lambda'))
+  _arguments.one_of('scale', scale, ('relative', 'paper'))
+  _arguments.one_of('rescale', rescale, ('none', '1+lambda'))
 
   def weights_fn(gram, *, losses, active, memory, cross=None):
     del losses
@@ -129,11 +114,7 @@ def sdmgrad(
       inner = _simplex_memory.relative(inner, active)
     target = jnp.ones_like(memory)
     if preference is not None:
-      if len(preference) != memory.shape[0]:
-        raise ValueError(
-          f'preference {preference} must be as many as tasks, got '
-          f'{memory.shape[0]} tasks'
-        )
+      _arguments.check_length('preference', preference, memory.shape[0])
       target = jnp.asarray(preference, memory.dtype)
     pull = lambda_ * _simplex_memory.share(target, active)
 

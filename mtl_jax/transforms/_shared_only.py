@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _labels
 from mtl_jax.transforms import _lift
@@ -82,7 +83,7 @@ def shared_only(
   names = _labels.check_task_names(task_names)
   inner = _aggregator.as_aggregator(aggregator).for_tasks(len(names))
   head_scale = inner.head_scale if head_scale is None else head_scale
-  _aggregator.one_of('head_scale', head_scale, HEAD_SCALES)
+  _arguments.one_of('head_scale', head_scale, HEAD_SCALES)
 
   def init(params):
     partition = _labels.Partition(param_labels, params, names)

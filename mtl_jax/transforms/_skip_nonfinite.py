@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _diagnostics
 
 
@@ -69,10 +70,7 @@ def skip_nonfinite(
     >>> print(tx.update(jnp.ones((2, 2)), state)[0])
     [-1. -1.]
   """
-  if max_consecutive < 1:
-    raise ValueError(
-      f'max_consecutive must be at least 1, got {max_consecutive}'
-    )
+  _arguments.check_count('max_consecutive', max_consecutive)
   inner = optax.with_extra_args_support(inner)
 
   def init(params):

@@ -1,13 +1,13 @@
 """An optimizer for one learned number a task."""
 
 from collections.abc import Callable
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _inner
 
 
@@ -16,10 +16,8 @@ def make(
   optimizer: Callable[..., optax.GradientTransformation],
 ) -> optax.GradientTransformation:
   """`optimizer(learning_rate)`; raises for a rate that is not positive."""
-  if not callable(learning_rate) and not 0 < learning_rate < math.inf:
-    raise ValueError(
-      f'learning_rate must be positive and finite, got {learning_rate}'
-    )
+  if not callable(learning_rate):
+    _arguments.check_positive('learning_rate', learning_rate)
   if not callable(optimizer):
     raise ValueError(
       'optimizer must be a function of the learning rate, such as optax.adam, '

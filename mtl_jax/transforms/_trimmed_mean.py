@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _lift
-from mtl_jax.transforms import _loss_weighting
 
 
 def trimmed_mean(
@@ -57,7 +57,7 @@ def trimmed_mean(
     Yin et al., `Byzantine-Robust Distributed Learning: Towards Optimal
     Statistical Rates <https://arxiv.org/abs/1803.01498>`_, 2018, definition 2
   """
-  _loss_weighting.check_count('trim', trim, 0)
+  _arguments.check_count('trim', trim, 0)
   if num_tasks is not None and 1 <= num_tasks <= 2 * trim:
     raise ValueError(
       f'num_tasks must be more than twice trim={trim}, got {num_tasks}'

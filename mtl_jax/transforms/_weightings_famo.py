@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import math
 from typing import Any
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _loss_weighting
 from mtl_jax.transforms import _task_optimizer
 
@@ -90,20 +90,19 @@ def famo(
     Liu et al., `FAMO: Fast Adaptive Multitask Optimization
     <https://arxiv.org/abs/2306.03792>`_, 2023, Algorithm 2
   """
-  if not 0 <= gamma < math.inf:
-    raise ValueError(f'gamma must be finite and not negative, got {gamma}')
-  bounds = _loss_weighting.as_numbers('min_losses', min_losses)
+  _arguments.check_not_negative('gamma', gamma)
+  bounds = _arguments.as_numbers('min_losses', min_losses)
   tx = optax.chain(
     optax.add_decayed_weights(gamma),
     _task_optimizer.make(learning_rate, optimizer),
   )
 
   def distance(losses):
-    _loss_weighting.check_length('min_losses', bounds, losses.shape[0])
+    _arguments.check_length('min_losses', bounds, losses.shape[0])
     return losses - jnp.asarray(bounds, losses.dtype)
 
   def init(num_tasks):
-    _loss_weighting.check_length('min_losses', bounds, num_tasks)
+    _arguments.check_length('min_losses', bounds, num_tasks)
     logits = jnp.zeros(num_tasks)
     return FamoState(
       logits,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _loss_weighting
 
 
@@ -66,7 +67,7 @@ def static_weights(weights: Sequence[float]) -> _loss_weighting.LossWeighting:
     Even Help? <https://arxiv.org/abs/2209.11379>`_, 2022 (a grid of them is the
     control of every other method)
   """
-  weights = _loss_weighting.as_weights('weights', weights)
+  weights = _arguments.as_weights('weights', weights)
 
   def update(losses, active):
     del active

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.transforms import _lift
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _loss_weighting
 
 
@@ -87,8 +87,8 @@ def dwa(
     Liu et al., `End-to-End Multi-Task Learning with Attention
     <https://arxiv.org/abs/1803.10704>`_, 2019, eq. 7
   """
-  _loss_weighting.check_count('steps_per_epoch', steps_per_epoch)
-  _loss_weighting.check_positive('temperature', temperature)
+  _arguments.check_count('steps_per_epoch', steps_per_epoch)
+  _arguments.check_positive('temperature', temperature)
 
   def init(num_tasks):
     return DwaState(
@@ -174,7 +174,7 @@ def dtp(
     <https://openaccess.thecvf.com/content_ECCV_2018/html/Michelle_Guo_Focus_on_the_ECCV_2018_paper.html>`_,
     2018
   """
-  gammas = _loss_weighting.as_numbers('gamma', gamma)
+  gammas = _arguments.as_numbers('gamma', gamma)
   if min(gammas if isinstance(gammas, tuple) else (gammas,)) < 0:
     raise ValueError(f'gamma must not be negative, got {gamma!r}')
   if not 0 < alpha <= 1:
@@ -183,8 +183,8 @@ def dtp(
     raise ValueError(f'kpi must be a function of the losses, got {kpi!r}')
 
   def init(num_tasks):
-    _lift.check_num_tasks(num_tasks)
-    _loss_weighting.check_length('gamma', gammas, num_tasks)
+    _arguments.check_num_tasks(num_tasks)
+    _arguments.check_length('gamma', gammas, num_tasks)
     return DtpState(jnp.zeros(num_tasks), jnp.zeros(num_tasks, bool))
 
   def update(losses, state, *, active=None, kpis=None, **unused):

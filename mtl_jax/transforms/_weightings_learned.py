@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _loss_weighting
 from mtl_jax.transforms import _task_optimizer
 
@@ -101,16 +101,16 @@ def uncertainty(
   if not names:
     raise ValueError(f'likelihood must not be empty, got {likelihood!r}')
   for name in names:
-    _aggregator.one_of('likelihood', name, tuple(_LIKELIHOODS))
+    _arguments.one_of('likelihood', name, tuple(_LIKELIHOODS))
   factors = tuple(_LIKELIHOODS[name] for name in names)
-  _aggregator.one_of('regularizer', regularizer, ('log', 'log1p'))
-  start = _loss_weighting.as_numbers('initial', initial)
+  _arguments.one_of('regularizer', regularizer, ('log', 'log1p'))
+  start = _arguments.as_numbers('initial', initial)
   if isinstance(start, tuple):
     raise ValueError(f'initial must be one number, got {initial!r}')
 
   def init(num_tasks):
     if not one:
-      _loss_weighting.check_length('likelihood', names, num_tasks)
+      _arguments.check_length('likelihood', names, num_tasks)
     log_variances = jnp.full(num_tasks, start, jnp.result_type(float))
     return UncertaintyState(
       log_variances, _task_optimizer.init(tx, log_variances)

@@ -1,21 +1,21 @@
 """Scalarizations along a preferred direction of the losses."""
 
 from collections.abc import Sequence
-import math
 
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _loss_weighting
 
 
 def _preferred(
-  preferences: tuple[float, ...] | None, losses: jax.Array, active: jax.Array
+  preference: tuple[float, ...] | None, losses: jax.Array, active: jax.Array
 ) -> jax.Array:
   """The preferences of the active tasks [T], equal ones if None."""
-  if preferences is None:
+  if preference is None:
     return active / _loss_weighting.number(active)
-  return jnp.where(active, jnp.asarray(preferences, losses.dtype), 0)
+  return jnp.where(active, jnp.asarray(preference, losses.dtype), 0)
 
 
 def _unit(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -28,7 +28,7 @@ def _unit(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def cosmos(
-  lam: float = 1.0, *, preferences: Sequence[float] | None = None
+  lam: float = 1.0, *, preference: Sequence[float] | None = None
 ) -> _loss_weighting.LossWeighting:
   r"""COSMOS: a weighted sum less the cosine between losses and preferences.
 
@@ -46,7 +46,7 @@ def cosmos(
 
   Args:
     lam: :math:`\lambda`, finite and not negative.
-    preferences: :math:`r` [T], non-negative and not all zero; None is 1 / T (of
+    preference: :math:`r` [T], non-negative and not all zero; None is 1 / T (of
       the active tasks).
 
   Returns:
@@ -58,7 +58,7 @@ def cosmos(
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
-    >>> weighting = mtl_jax.cosmos(5.0, preferences=(1.0, 0.0))
+    >>> weighting = mtl_jax.cosmos(5.0, preference=(1.0, 0.0))
     >>> losses, state = jnp.array([3.0, 4.0]), weighting.init(2)
     >>> print(weighting.update(losses, state)[0])  # (1, 0) - (0.64, -0.48)
     [0.36 0.48]
@@ -67,26 +67,24 @@ def cosmos(
     Ruchte and Grabocka, `Scalable Pareto Front Approximation for Deep
     Multi-Objective Learning <https://arxiv.org/abs/2103.13392>`_, 2021, eq. 5
   """
-  if not 0 <= lam < math.inf:
-    raise ValueError(f'lam must be finite and not negative, got {lam}')
-  if preferences is not None:
-    preferences = _loss_weighting.as_weights('preferences', preferences)
+  _arguments.check_not_negative('lam', lam)
+  preference = _arguments.as_preference(preference)
 
   def update(losses, active):
-    preferred = _preferred(preferences, losses, active)
+    preferred = _preferred(preference, losses, active)
     toward, _ = _unit(preferred)
     along, length = _unit(jnp.where(active, losses, 0))
     turn = toward - jnp.sum(toward * along) * along
     slope = jnp.where(length == 0, 0, turn / jnp.where(length == 0, 1, length))
     return preferred - lam * slope
 
-  return _loss_weighting.stateless(update, ('preferences', preferences))
+  return _loss_weighting.stateless(update, ('preference', preference))
 
 
 def pbi(
   theta: float = 5.0,
   *,
-  preferences: Sequence[float] | None = None,
+  preference: Sequence[float] | None = None,
   ideal: float | Sequence[float] = 0.0,
 ) -> _loss_weighting.LossWeighting:
   r"""Penalty boundary intersection (PBI) of the ray of the preferences.
@@ -105,7 +103,7 @@ def pbi(
 
   Args:
     theta: penalty of the distance to the ray, finite and not negative.
-    preferences: :math:`r` [T], non-negative and not all zero; None is the same
+    preference: :math:`r` [T], non-negative and not all zero; None is the same
       for all.
     ideal: lower bound of the losses, one for all tasks or one each.
 
@@ -118,7 +116,7 @@ def pbi(
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
-    >>> weighting = mtl_jax.pbi(2.0, preferences=(1.0, 0.0))
+    >>> weighting = mtl_jax.pbi(2.0, preference=(1.0, 0.0))
     >>> losses, state = jnp.array([1.0, 3.0]), weighting.init(2)
     >>> print(weighting.update(losses, state)[0])
     [1. 2.]
@@ -127,14 +125,12 @@ def pbi(
     Zhang and Li, `MOEA/D: A Multiobjective Evolutionary Algorithm Based on
     Decomposition <https://doi.org/10.1109/TEVC.2007.892759>`_, 2007
   """
-  if not 0 <= theta < math.inf:
-    raise ValueError(f'theta must be finite and not negative, got {theta}')
-  if preferences is not None:
-    preferences = _loss_weighting.as_weights('preferences', preferences)
-  lowest = _loss_weighting.as_numbers('ideal', ideal)
+  _arguments.check_not_negative('theta', theta)
+  preference = _arguments.as_preference(preference)
+  lowest = _arguments.as_numbers('ideal', ideal)
 
   def update(losses, active):
-    along, _ = _unit(_preferred(preferences, losses, active))
+    along, _ = _unit(_preferred(preference, losses, active))
     above = jnp.where(active, losses - jnp.asarray(lowest, losses.dtype), 0)
     off = above - jnp.sum(along * above) * along
     away, distance = _unit(off)
@@ -145,5 +141,5 @@ def pbi(
     return along + theta * jnp.where(near, 0, away)
 
   return _loss_weighting.stateless(
-    update, ('preferences', preferences), ('ideal', lowest)
+    update, ('preference', preference), ('ideal', lowest)
   )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _lift
 from mtl_jax.transforms import _loss_weighting
 
@@ -87,8 +87,8 @@ def rlw(
     Lin et al., `Reasonable Effectiveness of Random Weighting: A Litmus Test for
     Multi-Task Learning <https://arxiv.org/abs/2111.10603>`_, 2022, Algorithm 2
   """
-  _aggregator.one_of('distribution', distribution, _DISTRIBUTIONS)
-  _lift.check_seed(seed)
+  _arguments.one_of('distribution', distribution, _DISTRIBUTIONS)
+  _arguments.check_seed(seed)
 
   def init(num_tasks):
     key = _lift.own_key(seed)

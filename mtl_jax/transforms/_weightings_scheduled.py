@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _loss_weighting
 
 
@@ -145,7 +146,7 @@ def first_then(
     [0.5 0.5]
     [1.  0.5]
   """
-  _loss_weighting.check_count('steps', steps, least=0)
+  _arguments.check_count('steps', steps, least=0)
 
   def init(num_tasks):
     return FirstThenState(_zero(), first.init(num_tasks), then.init(num_tasks))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _loss_weighting
 
 
@@ -28,7 +28,7 @@ def stch(
   mu: float = 1.0,
   *,
   objectives: str = 'losses',
-  preferences: Sequence[float] | None = None,
+  preference: Sequence[float] | None = None,
   ideal: float | Sequence[float] | None = None,
   nadir: float | Sequence[float] | None = None,
   warm_up_steps: int = 0,
@@ -62,7 +62,7 @@ def stch(
   Args:
     mu: smoothing, positive; the smaller, the nearer to the largest loss alone.
     objectives: `'losses'` or `'log_losses'`.
-    preferences: [T], non-negative and not all zero; None is 1 / T (of the
+    preference: [T], non-negative and not all zero; None is 1 / T (of the
       active tasks) for `'losses'` and 1 for `'log_losses'`.
     ideal: lower bound of the losses, one for all or one each, for `'losses'`;
       None is 0.
@@ -92,9 +92,9 @@ def stch(
     Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective
     Optimization <https://arxiv.org/abs/2402.19078>`_, 2024
   """
-  _loss_weighting.check_positive('mu', mu)
-  _aggregator.one_of('objectives', objectives, ('losses', 'log_losses'))
-  _loss_weighting.check_count('warm_up_steps', warm_up_steps, least=0)
+  _arguments.check_positive('mu', mu)
+  _arguments.one_of('objectives', objectives, ('losses', 'log_losses'))
+  _arguments.check_count('warm_up_steps', warm_up_steps, least=0)
   if objectives == 'losses':
     if nadir is not None or warm_up_steps or nadir_steps is not None:
       raise ValueError(
@@ -110,21 +110,20 @@ def stch(
       f'nadir={nadir!r} and warm_up_steps={warm_up_steps}'
     )
   if nadir_steps is not None:
-    _loss_weighting.check_count('nadir_steps', nadir_steps)
+    _arguments.check_count('nadir_steps', nadir_steps)
     if nadir_steps > warm_up_steps:
       raise ValueError(
         f'nadir_steps must be at most warm_up_steps={warm_up_steps}, got '
         f'{nadir_steps}'
       )
-  if preferences is not None:
-    preferences = _loss_weighting.as_weights('preferences', preferences)
-  lowest = _loss_weighting.as_numbers('ideal', 0.0 if ideal is None else ideal)
-  highest = _loss_weighting.as_numbers('nadir', 1.0 if nadir is None else nadir)
+  preference = _arguments.as_preference(preference)
+  lowest = _arguments.as_numbers('ideal', 0.0 if ideal is None else ideal)
+  highest = _arguments.as_numbers('nadir', 1.0 if nadir is None else nadir)
   if min(highest if isinstance(highest, tuple) else (highest,)) <= 0:
     raise ValueError(f'nadir must be positive, got {nadir!r}')
   window = warm_up_steps if nadir_steps is None else nadir_steps
   per_task = (
-    ('preferences', preferences),
+    ('preference', preference),
     ('ideal', lowest),
     ('nadir', highest),
   )
@@ -137,14 +136,14 @@ def stch(
 
   def of_losses(losses, active):
     preferred = 1 / _loss_weighting.number(active)
-    if preferences is not None:
-      preferred = jnp.asarray(preferences, losses.dtype)
+    if preference is not None:
+      preferred = jnp.asarray(preference, losses.dtype)
     y = preferred * (losses - jnp.asarray(lowest, losses.dtype))
     return preferred * shares(y, active)
 
   def of_logarithms(losses, active, highest):
     preferred = jnp.asarray(
-      1.0 if preferences is None else preferences, losses.dtype
+      1.0 if preference is None else preference, losses.dtype
     )
     losses = _loss_weighting.positive(losses)
     y = preferred * (jnp.log(losses) - jnp.log(highest))
@@ -153,7 +152,7 @@ def stch(
 
   def init(num_tasks):
     for argument, values in per_task:
-      _loss_weighting.check_length(argument, values, num_tasks)
+      _arguments.check_length(argument, values, num_tasks)
     return StchState(
       count=jnp.zeros((), jnp.int32),
       total=jnp.zeros(num_tasks),

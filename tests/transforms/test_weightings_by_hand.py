@@ -270,26 +270,26 @@ def test_stch_task_that_missed_the_warm_up_takes_its_first_loss_for_the_nadir():
 
 
 def test_cosmos_without_penalty_is_a_weighted_sum():
-  weighting = mtl_jax.cosmos(0.0, preferences=(2.0, 1.0))
+  weighting = mtl_jax.cosmos(0.0, preference=(2.0, 1.0))
   weights, _ = weigh(weighting, [3.0, 4.0], [0.0, 0.0])
   np.testing.assert_array_equal(weights, [[2.0, 1.0], [2.0, 1.0]])
 
 
 def test_cosmos_has_no_penalty_on_the_ray_and_for_losses_of_zero():
-  weighting = mtl_jax.cosmos(8.0, preferences=(1.0, 2.0))
+  weighting = mtl_jax.cosmos(8.0, preference=(1.0, 2.0))
   weights, _ = weigh(weighting, [2.0, 4.0], [0.0, 0.0])
   np.testing.assert_allclose(weights, [[1.0, 2.0]] * 2, atol=1e-6)
 
 
-@pytest.mark.parametrize('preferences', [(1.0, 2.0, 3.0), (0.3, 0.7, 0.1)])
+@pytest.mark.parametrize('preference', [(1.0, 2.0, 3.0), (0.3, 0.7, 0.1)])
 @pytest.mark.parametrize('size', [1e-20, 0.1, 1.0, 1e20])
-def test_pbi_has_no_penalty_on_the_ray(preferences, size):
+def test_pbi_has_no_penalty_on_the_ray(preference, size):
   # Rounding takes the losses off the ray, in a direction that means nothing.
-  weighting = mtl_jax.pbi(1e3, preferences=preferences)
-  losses = size * np.array(preferences, np.float32)
+  weighting = mtl_jax.pbi(1e3, preference=preference)
+  losses = size * np.array(preference, np.float32)
   weights, _ = weigh(weighting, losses)
   np.testing.assert_allclose(
-    weights[0], np.array(preferences) / np.linalg.norm(preferences), rtol=1e-5
+    weights[0], np.array(preference) / np.linalg.norm(preference), rtol=1e-5
   )
 
 

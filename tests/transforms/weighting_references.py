@@ -129,14 +129,14 @@ class Famo(Reference):
     self.logits = self.adam.step(self.logits, gradient)
 
 
-def stch(mu, preferences=None, ideal=0.0):
+def stch(mu, preference=None, ideal=0.0):
   """Lin et al. 2024, the derivative of their eq. 6."""
 
   def weights(losses):
     size = len(losses)
     preferred = np.full(size, 1 / size)
-    if preferences is not None:
-      preferred = np.asarray(preferences)
+    if preference is not None:
+      preferred = np.asarray(preference)
     return preferred * softmax(preferred * (losses - ideal) / mu)
 
   return Reference(weights)
@@ -165,14 +165,14 @@ class LogStch(Reference):
     return len(losses) * powers / losses / powers.sum()
 
 
-def cosmos(lam, preferences=None):
+def cosmos(lam, preference=None):
   """Ruchte and Grabocka 2021, eq. 5, differentiated."""
 
   def weights(losses):
     size = len(losses)
     r = np.full(size, 1 / size)
-    if preferences is not None:
-      r = np.asarray(preferences)
+    if preference is not None:
+      r = np.asarray(preference)
     length = np.linalg.norm(losses)
     of_cosine = r / length - (r @ losses) * losses / length**3
     return r - lam * of_cosine / np.linalg.norm(r)
@@ -180,11 +180,11 @@ def cosmos(lam, preferences=None):
   return Reference(weights)
 
 
-def pbi(theta, preferences=None, ideal=0.0):
+def pbi(theta, preference=None, ideal=0.0):
   """Zhang and Li 2007, section 3.C, differentiated."""
 
   def weights(losses):
-    r = np.ones(len(losses)) if preferences is None else np.asarray(preferences)
+    r = np.ones(len(losses)) if preference is None else np.asarray(preference)
     unit = r / np.linalg.norm(r)
     above = losses - ideal
     off = above - (above @ unit) * unit

@@ -97,7 +97,7 @@ NEVER_WEIGHTS = tuple(
     2.0,
   )
 )
-NEVER_PREFERENCES = tuple(('preferences', v) for _, v in NEVER_WEIGHTS)
+NEVER_PREFERENCES = tuple(('preference', v) for _, v in NEVER_WEIGHTS)
 NEVER_RATES = tuple(
   ('learning_rate', v) for v in (0.0, -1.0, float('nan'), float('inf'))
 )

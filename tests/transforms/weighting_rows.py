@@ -257,7 +257,7 @@ ROWS = (
   Row(
     name='stch_preferences',
     make=lambda tasks: mtl_jax.stch(
-      preferences=of(SHARES, tasks), ideal=of(BOUNDS, tasks)
+      preference=of(SHARES, tasks), ideal=of(BOUNDS, tasks)
     ),
     # (1/2, 3/2) softmax(1/2, 3.15).
     golden=(0.5 * 0.065989, 1.5 * 0.934011),
@@ -324,7 +324,7 @@ ROWS = (
   ),
   Row(
     name='cosmos_preferences',
-    make=lambda tasks: mtl_jax.cosmos(1.0, preferences=of(SHARES, tasks)),
+    make=lambda tasks: mtl_jax.cosmos(1.0, preference=of(SHARES, tasks)),
     # r = (1/2, 3/2), |r| = sqrt(5/2), |L| = sqrt(5), r L = 7/2, and so
     # r - (r - 7/10 L) / sqrt(25/2).
     golden=(0.5 + 0.2 / 12.5**0.5, 1.5 - 0.1 / 12.5**0.5),
@@ -352,7 +352,7 @@ ROWS = (
   Row(
     name='pbi_preferences',
     make=lambda tasks: mtl_jax.pbi(
-      preferences=of(SHARES, tasks), ideal=of(BOUNDS, tasks)
+      preference=of(SHARES, tasks), ideal=of(BOUNDS, tasks)
     ),
     # u = (1, 3) / sqrt(10), and (1, 2.1) lies to the right of the ray, along
     # (3, -1) / sqrt(10).
