@@ -42,6 +42,7 @@ from mtl_jax.transforms import gradvac
 from mtl_jax.transforms import imtl_g
 from mtl_jax.transforms import imtl_l
 from mtl_jax.transforms import krum
+from mtl_jax.transforms import left_out
 from mtl_jax.transforms import linear
 from mtl_jax.transforms import LossWeighting
 from mtl_jax.transforms import mgda
@@ -115,6 +116,7 @@ __all__ = [
   'imtl_g',
   'imtl_l',
   'krum',
+  'left_out',
   'linear',
   'mgda',
   'moco',

@@ -19,6 +19,7 @@ _NAMES = methods.NAMES
 _NO_ENTRY = {
   'scheduled_weights',
   *('after_step', 'default_labels', 'diagnostics', 'every', 'flat_minima'),
+  'left_out',
   *('from_gram', 'per_group', 'shared_only', 'skip_nonfinite', 'weighted'),
 }
 

@@ -157,8 +157,9 @@ def make_train_step(
     under `jit` any sharding gives the same numbers. `metrics` are scalars:
     `'loss'`, the mean over the tasks that have labels in this batch; per task
     `'<task>/loss'` and its metrics at the unperturbed parameters,
-    `'<task>/present'`, 1 if it has labels in this batch and 0 if not (its other
-    numbers mean nothing then); and what `mtl_jax.diagnostics` shows.
+    `'<task>/present'`, 1 if it has labels in this batch and 0 if not, or if the
+    optimizer left the step out (its other numbers mean nothing then); and what
+    `mtl_jax.diagnostics` shows.
   """
   names = problem.task_names
   if weighting is not None and (extra_batches or after_step is not None):
@@ -211,7 +212,7 @@ def make_train_step(
     else:
       weigh = step_gradients.weigh(
         weighting,
-        lambda params, batch: by_weights.losses(params, batch),
+        by_weights.losses,
         state,
         batch,
         names,
@@ -227,6 +228,15 @@ def make_train_step(
         f'{task}/weight': task_weights[i] for i, task in enumerate(names)
       }
     params = optax.apply_updates(state.params, updates)
+    # Where the optimizer left the step out it was as if without any task.
+    left_out = transforms.left_out(opt_state)
+    active &= ~left_out
+    keep = lambda new, old: jnp.where(left_out, old, new)
+    model_state, weighting_state = jax.tree.map(
+      keep,
+      (model_state, weighting_state),
+      (state.model_state, state.weighting),
+    )
     # Without the one and the other nothing is evaluated at the new parameters.
     if after_step is not None:
       new_losses = by_weights.losses(params, batch)
@@ -237,15 +247,16 @@ def make_train_step(
         new_losses, weighting_state, active=active
       )
     labels = (
-      param_labels(state.params) if callable(param_labels) else (param_labels)
+      param_labels(state.params) if callable(param_labels) else param_labels
     )
     present = active.astype(losses.dtype)
+    total = jnp.sum(jnp.where(active, losses, 0))
     metrics = {
-      'loss': present @ losses / jnp.maximum(jnp.sum(present), 1),
+      'loss': total / jnp.maximum(jnp.sum(present), 1),
       **{f'{task}/loss': losses[i] for i, task in enumerate(names)},
       **{f'{task}/present': present[i] for i, task in enumerate(names)},
       **_finish(problem, sums),
-      **(_shown(opt_state, names) if _anything_shared(labels) else {}),
+      **_shown(opt_state, names, left_out, _anything_shared(labels)),
       **weights,
     }
     state = TrainState(
@@ -342,15 +353,27 @@ def _anything_shared(labels):
   return 'shared' in jax.tree.leaves(labels)
 
 
-def _shown(opt_state, names):
-  """Diagnostics as scalars: those of the loss gradients without a prefix."""
+def _shown(opt_state, names, left_out, together):
+  """Diagnostics as scalars: those of the loss gradients without a prefix.
+
+  Where there are several aggregators, as of groups of parameters, their place
+  follows the name. Of networks that are not together nothing but the steps
+  that were left out.
+  """
   metrics = {}
   for name, value in transforms.diagnostics(opt_state).items():
-    part, _, kind = name.rpartition('/')
-    prefix = 'flat_' if part.endswith('flat') else ''
-    if kind in _SCALARS:
-      metrics[prefix.replace('_', '/') + _SCALARS[kind]] = value
+    *parts, kind = name.split('/')
+    flat = 'flat' in parts
+    place = ''.join(f'/{p}' for p in parts if p not in ('loss', 'flat'))
+    if kind == 'skipped':
+      # Of this step, so that a mean of steps is the share of them.
+      metrics[kind] = left_out.astype(jnp.float32)
+    elif not together:
+      continue
+    elif kind in _SCALARS:
+      metrics[f'{"flat/" if flat else ""}{_SCALARS[kind]}{place}'] = value
     elif kind in _PER_TASK:
+      shown = f'{"flat_" if flat else ""}{_PER_TASK[kind]}{place}'
       for i, task in enumerate(names):
-        metrics[f'{task}/{prefix}{_PER_TASK[kind]}'] = value[i]
+        metrics[f'{task}/{shown}'] = value[i]
   return metrics

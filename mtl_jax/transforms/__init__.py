@@ -44,6 +44,7 @@ from mtl_jax.transforms._per_group import PerGroupState
 from mtl_jax.transforms._random_weights import random_weights
 from mtl_jax.transforms._sdmgrad import sdmgrad
 from mtl_jax.transforms._shared_only import shared_only
+from mtl_jax.transforms._skip_nonfinite import left_out
 from mtl_jax.transforms._skip_nonfinite import skip_nonfinite
 from mtl_jax.transforms._skip_nonfinite import SkipNonfiniteState
 from mtl_jax.transforms._trimmed_mean import trimmed_mean
@@ -107,6 +108,7 @@ __all__ = [
   'imtl_g',
   'imtl_l',
   'krum',
+  'left_out',
   'linear',
   'mgda',
   'moco',

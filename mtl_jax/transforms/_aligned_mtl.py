@@ -25,7 +25,9 @@ def _lengths(rows: jax.Array) -> jax.Array:
   """Lengths [T] of rows [T, N], whose squares may leave float32."""
   largest = jnp.max(jnp.abs(rows), axis=1)
   safe = jnp.where(largest > 0, largest, 1)
-  return largest * jnp.sqrt(jnp.sum((rows / safe[:, None]) ** 2, axis=1))
+  squares = jnp.sum((rows / safe[:, None]) ** 2, axis=1)
+  # The root of a row of zeros has no derivative, and 0 times none is none.
+  return largest * jnp.sqrt(jnp.where(largest > 0, squares, 1))
 
 
 def _rotation(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -165,7 +167,8 @@ def aligned_mtl(
     cos = jnp.where(usable[:, None] & usable[None, :], cos, 0)
     values, vectors = jnp.linalg.eigh(cos)
     kept = values > _RANK_TOLERANCE * gram.shape[0]
-    units = vectors * jnp.sqrt(jnp.where(kept, values, 0))[None, :]
+    roots = jnp.where(kept, jnp.sqrt(jnp.where(kept, values, 1)), 0)
+    units = vectors * roots[None, :]
     singular, axes = _principal_axes(relative[:, None] * units)
     descending = jnp.argsort(-singular)
     singular, axes = singular[descending], axes[descending]

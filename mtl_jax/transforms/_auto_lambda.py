@@ -11,6 +11,7 @@ import optax
 from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _bilevel
+from mtl_jax.transforms import _task_optimizer
 
 
 class AutoLambdaState(NamedTuple):
@@ -124,7 +125,7 @@ def auto_lambda(
       lambdas=lambdas,
       task_weights=jnp.zeros(num_tasks, dtype),
       hypergradient=jnp.zeros(num_tasks, dtype),
-      opt_state=adam.init(lambdas),
+      opt_state=_task_optimizer.init(adam, lambdas),
     )
 
   def update(
@@ -155,7 +156,7 @@ def auto_lambda(
     # validation gradient to all T inner products in one pass.
     hypergradient = jax.grad(look_ahead)(jnp.where(present, lambdas, 0))
     hypergradient = jnp.where(present, hypergradient, 0)
-    lambdas, opt_state = _bilevel.learn(
+    lambdas, opt_state = _task_optimizer.step(
       adam, hypergradient, state.opt_state, lambdas, present
     )
     weights = jnp.where(present, lambdas, 0)

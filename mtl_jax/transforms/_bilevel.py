@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _arguments
@@ -36,7 +35,8 @@ class BilevelWeighting(NamedTuple):
       learning_rate, active=None) -> (weights [T], state)`. The learning rate is
       that of the look-ahead, a number or an array; `active`, bool [T], tells
       which tasks are in both batches. Absent tasks have weight 0 and keep
-      their part of the state.
+      their part of the state. What is not finite leaves nothing behind in what
+      is learnt. The optimizer of what is learnt is one for each task.
 
   Examples:
     A step of training. The halves of the batch take turns as training and
@@ -123,44 +123,3 @@ def descend(params: Any, grads: Any, learning_rate: Any) -> Any:
   return jax.tree.map(
     lambda p, g: (p - learning_rate * g).astype(p.dtype), params, grads
   )
-
-
-def learn(
-  optimizer: optax.GradientTransformation,
-  gradient: jax.Array,
-  opt_state: Any,
-  values: jax.Array,
-  active: jax.Array,
-) -> tuple[jax.Array, Any]:
-  """One step of the optimizer; what belongs to absent tasks stays.
-
-  Args:
-    optimizer: of the values.
-    gradient: [T].
-    opt_state: its state.
-    values: [T].
-    active: bool [T]. In the optimizer's state an array [T] is taken for one
-      entry a task; anything else stays only if no task is active.
-
-  Returns:
-    The new values and the new state.
-  """
-  gradient = jnp.where(active, gradient, 0).astype(values.dtype)
-  updates, new_state = optimizer.update(gradient, opt_state, values)
-
-  def keep(new, old):
-    there = active if jnp.shape(old) == active.shape else jnp.any(active)
-    return jnp.where(there, new, old)
-
-  moved = optax.apply_updates(values, updates)
-  return keep(moved, values), jax.tree.map(keep, new_state, opt_state)
-
-
-def softmax(logits: jax.Array, active: jax.Array) -> jax.Array:
-  """Softmax over the active tasks; 0 for the others."""
-  largest = jnp.max(jnp.where(active, logits, -jnp.inf))
-  # No task leaves no largest logit; the shift is no part of the derivative.
-  largest = jax.lax.stop_gradient(jnp.where(jnp.any(active), largest, 0))
-  powers = jnp.where(active, jnp.exp(jnp.where(active, logits - largest, 0)), 0)
-  total = jnp.sum(powers)
-  return powers / jnp.where(total > 0, total, 1)

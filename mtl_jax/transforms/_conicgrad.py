@@ -73,7 +73,8 @@ def conicgrad(
     # The cosine of each task with the mean, in units of the longest gradient.
     longest = jnp.max(jnp.where(usable, lengths, 0))
     share = jnp.where(usable, lengths / jnp.where(longest > 0, longest, 1), 0)
-    mean = jnp.sqrt(jnp.maximum(share @ cos @ share, 0))
+    square = share @ cos @ share
+    mean = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     tilt = cos @ share / jnp.where(mean > 0, mean, 1)
     found = _solvers_conic.worst_gain(
       cos, tilt, _solvers.relative(lengths, usable), math.radians(angle)

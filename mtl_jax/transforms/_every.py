@@ -121,7 +121,7 @@ def every(
     head_scale=inner.head_scale,
     extra_batches=inner.extra_batches,
     weights='gradients',
-    for_tasks=lambda size: every(k, aggregator, num_tasks=size),
+    for_tasks=lambda size: every(k, inner.for_tasks(size)),
   )
 
 

@@ -12,7 +12,9 @@ from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _bilevel
 from mtl_jax.transforms import _inner
+from mtl_jax.transforms import _loss_weighting
 from mtl_jax.transforms import _solvers_constrained
+from mtl_jax.transforms import _task_optimizer
 
 
 class ForumState(NamedTuple):
@@ -167,7 +169,7 @@ def forum(
       train_weights=jnp.zeros(num_tasks, dtype),
       residual=jnp.zeros((), dtype),
       count=jnp.zeros((), jnp.int32),
-      opt_state=adam.init(logits),
+      opt_state=_task_optimizer.init(adam, logits),
     )
 
   def update(
@@ -187,7 +189,7 @@ def forum(
     valid = _bilevel.task_losses(loss_fn, valid_batch, present, dtype)
 
     shares, pull_shares = jax.vjp(
-      lambda x: _bilevel.softmax(x, present), logits
+      lambda x: _loss_weighting.softmax(x, present), logits
     )
     before, pull_back = jax.vjp(train, params)
     (train_grad,) = pull_back(shares)
@@ -219,6 +221,13 @@ def forum(
       rho=rho,
     )
     found = _solvers_constrained.least_worst(gram, constraint, present)
+    # What is not finite has no solution; it would stay in the mean for ever.
+    finite = (
+      jnp.isfinite(constraint.square)
+      & jnp.all(jnp.isfinite(constraint.inner))
+      & jnp.all(jnp.isfinite(gram))
+    )
+    found = found._replace(weights=jnp.where(finite, found.weights, jnp.nan))
 
     # The part of the simplex that active tasks share is theirs to divide.
     held = jnp.where(present, state.multipliers, 0)
@@ -230,18 +239,20 @@ def forum(
 
     valid_weights = averaged / lengths
     train_weights = nu * shares
-    logits, opt_state = _bilevel.learn(
+    logits, opt_state = _task_optimizer.step(
       adam, nu * gap_by_logits, state.opt_state, logits, present
     )
     weights = valid_weights + train_weights
     return weights, ForumState(
       logits=logits,
-      multipliers=jnp.where(present, mass * averaged, state.multipliers),
+      multipliers=jnp.where(
+        present & finite, mass * averaged, state.multipliers
+      ),
       task_weights=weights,
       valid_weights=valid_weights,
       train_weights=train_weights,
       residual=found.residual,
-      count=state.count + jnp.any(present).astype(jnp.int32),
+      count=state.count + (jnp.any(present) & finite).astype(jnp.int32),
       opt_state=opt_state,
     )
 

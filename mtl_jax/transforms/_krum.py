@@ -43,8 +43,8 @@ def krum(
     An aggregator.
 
   Raises:
-    ValueError: for a negative `num_byzantine`, a `num_selected` below 1, and a
-      `num_tasks` below m or, unless f is 0, below 2 f + 3.
+    ValueError: for a negative `num_byzantine`, a `num_selected` below 1, and
+      fewer tasks than m or, unless f is 0, than 2 f + 3.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -62,15 +62,21 @@ def krum(
   fewest = max(2 * num_byzantine + 3, num_selected)
   # Where nobody is to be outvoted a mean is as good.
   refused = fewest if num_byzantine else num_selected
-  if num_tasks is not None and 1 <= num_tasks < refused:
-    raise ValueError(
-      f'num_tasks must be at least {refused} for num_byzantine='
-      f'{num_byzantine} and num_selected={num_selected}, got {num_tasks}'
-    )
+
+  def check(size):
+    if 1 <= size < refused:
+      raise ValueError(
+        f'num_tasks must be at least {refused} for num_byzantine='
+        f'{num_byzantine} and num_selected={num_selected}, got {size}'
+      )
+
+  if num_tasks is not None:
+    check(num_tasks)
 
   def weights_fn(gram, *, losses, active):
     del losses
     size = gram.shape[0]
+    check(size)
     count = jnp.sum(active)
     squares = jnp.diagonal(gram)
     distances = squares[:, None] + squares[None, :] - 2 * gram

@@ -177,9 +177,9 @@ def number(active: jax.Array) -> jax.Array:
 
 def softmax(x: jax.Array, active: jax.Array) -> jax.Array:
   """Softmax over the active tasks; zeros if there is none."""
-  # The largest active entry becomes 0 and its exponential 1, which makes the
-  # denominator at least 1.
   largest = jnp.max(jnp.where(active, x, -jnp.inf))
-  shifted = jnp.where(active, x - largest, 0)
-  exponentials = jnp.where(active, jnp.exp(shifted), 0)
-  return exponentials / jnp.maximum(jnp.sum(exponentials), 1)
+  # No task leaves no largest entry; the shift is no part of the derivative.
+  largest = jax.lax.stop_gradient(jnp.where(jnp.any(active), largest, 0))
+  powers = jnp.where(active, jnp.exp(jnp.where(active, x - largest, 0)), 0)
+  total = jnp.sum(powers)
+  return powers / jnp.where(total > 0, total, 1)

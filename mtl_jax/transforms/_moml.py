@@ -10,7 +10,9 @@ import optax
 from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _bilevel
+from mtl_jax.transforms import _loss_weighting
 from mtl_jax.transforms import _solvers
+from mtl_jax.transforms import _task_optimizer
 
 _NORMALIZATIONS = ('none', 'l2', 'loss')
 # A sum of hypergradients this much shorter than its terms is rounding of zero,
@@ -126,7 +128,7 @@ def moml(
       task_weights=jnp.zeros(num_tasks, dtype),
       objective_weights=jnp.zeros(num_tasks, dtype),
       residual=jnp.zeros((), dtype),
-      opt_state=adam.init(logits),
+      opt_state=_task_optimizer.init(adam, logits),
     )
 
   def update(
@@ -147,7 +149,7 @@ def moml(
     _, pull_back = jax.vjp(train, params)
 
     def look_ahead(logits):
-      (grads,) = pull_back(_bilevel.softmax(logits, present))
+      (grads,) = pull_back(_loss_weighting.softmax(logits, present))
       return _bilevel.descend(params, grads, learning_rate)
 
     moved, pull_logits = jax.vjp(look_ahead, logits)
@@ -162,11 +164,12 @@ def moml(
     gradient = found.weights @ hypergradients
     terms = found.weights @ jnp.max(jnp.abs(hypergradients), axis=1)
     there = jnp.max(jnp.abs(gradient)) > _RESOLUTION * terms
-    gradient = jnp.where(there, gradient, 0)
-    logits, opt_state = _bilevel.learn(
+    # One that is not finite stays, so that nothing is learnt from it.
+    gradient = jnp.where(there | ~jnp.isfinite(terms), gradient, 0)
+    logits, opt_state = _task_optimizer.step(
       adam, gradient, state.opt_state, logits, present
     )
-    weights = _bilevel.softmax(logits, present)
+    weights = _loss_weighting.softmax(logits, present)
     return weights, MomlState(
       logits, weights, found.weights, found.residual.astype(dtype), opt_state
     )

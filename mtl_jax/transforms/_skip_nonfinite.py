@@ -100,3 +100,31 @@ def skip_nonfinite(
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def left_out(opt_state: Any) -> jax.Array:
+  """Whether the last update was left out by a `skip_nonfinite`, bool scalar.
+
+  A training step that carries more than parameters and the optimizer's state
+  (running statistics, a loss weighting) keeps the old ones then.
+
+  Args:
+    opt_state: state of any optax transformation.
+
+  Returns:
+    True if any `skip_nonfinite` in it left the last update out; False without
+    any.
+
+  Examples:
+    >>> import jax.numpy as jnp, mtl_jax, optax
+    >>> tx = mtl_jax.skip_nonfinite(optax.sgd(1.0))
+    >>> _, state = tx.update(jnp.array(jnp.nan), tx.init(jnp.zeros(())))
+    >>> print(mtl_jax.left_out(state))
+    True
+  """
+  mine = lambda node: isinstance(node, SkipNonfiniteState)
+  found = jnp.zeros((), bool)
+  for node in jax.tree.leaves(opt_state, is_leaf=mine):
+    if mine(node):
+      found |= node.consecutive > 0
+  return found

@@ -90,15 +90,29 @@ def worst_gain(
   kept = values > _RANK_TOLERANCE * size
   rows = vectors * jnp.sqrt(jnp.where(kept, values, 0))[None, :]
   problem = _Problem(a, matrix, rows, angle)
+  still = _Problem(*jax.lax.stop_gradient(problem[:3]), angle)
+  first = _by_newton(still)
+  converged = _direction(still, *first).residual <= _CONVERGED
 
   def second_try(first):
-    second = _by_bisection(problem)
-    better = second.residual < first.residual
+    second = _by_bisection(still)
+    better = (
+      _direction(still, *second).residual < _direction(still, *first).residual
+    )
     return jax.tree.map(lambda x, y: jnp.where(better, x, y), second, first)
 
-  first = _by_newton(problem)
-  converged = first.residual <= _CONVERGED
-  return jax.lax.cond(converged, lambda x: x, second_try, first)
+  v, longest = jax.lax.cond(converged, lambda x: x, second_try, first)
+  # At a kink of the norm the weights have no derivative.
+  v = jnp.where(converged, _last_step(problem, v), v)
+  return _direction(problem, v, longest)
+
+
+def _linear(problem: _Problem) -> jax.Array:
+  """What is linear in (v, nu)."""
+  size = problem.a.shape[0]
+  return (
+    jnp.zeros(size + 1, problem.a.dtype).at[-1].set(-math.cos(problem.angle))
+  )
 
 
 def _minimise(
@@ -106,11 +120,8 @@ def _minimise(
   derivatives: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
   nu: jax.Array | float,
 ) -> jax.Array:
-  """A function of (v, nu) plus - c nu, from equal weights times lengths."""
-  a = problem.a
-  linear = (
-    jnp.zeros(a.shape[0] + 1, a.dtype).at[-1].set(-math.cos(problem.angle))
-  )
+  """The v of a function of (v, nu) plus - c nu; starts at equal weights."""
+  a, linear = problem.a, _linear(problem)
   # A variable that is out has only a quadratic of its own.
   out = jnp.append(jnp.where(a > 0, 0.0, 1.0), 0.0)
 
@@ -123,20 +134,35 @@ def _minimise(
   return _solvers.interior_point(all_derivatives, jnp.append(a, 0), start)
 
 
-def _by_newton(problem: _Problem) -> Direction:
-  matrix = problem.matrix
-
-  def derivatives(z):
-    mz = matrix @ z
-    # Smooths the kink by far less than a gradient's length.
-    norm = jnp.sqrt(jnp.maximum(z @ mz, 0) + 1e-10)
-    unit = mz / norm
-    return unit, (matrix - jnp.outer(unit, unit)) / norm
-
-  return _direction(problem, _minimise(problem, derivatives, 1.0), jnp.inf)
+def _of_norm(problem: _Problem, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Gradient and Hessian of the norm in (v, nu)."""
+  mz = problem.matrix @ z
+  # Smooths the kink by far less than a gradient's length.
+  norm = jnp.sqrt(jnp.maximum(z @ mz, 0) + 1e-10)
+  unit = mz / norm
+  return unit, (problem.matrix - jnp.outer(unit, unit)) / norm
 
 
-def _by_bisection(problem: _Problem) -> Direction:
+def _last_step(problem: _Problem, z: jax.Array) -> jax.Array:
+  """(v, nu) with the derivative of the solution."""
+  a = jnp.append(problem.a, 0)
+  z = jnp.where(jnp.append(problem.a > 0, True), z, 0)
+  slopes, hessian = _of_norm(problem, z)
+  slopes = slopes + _linear(problem)
+  level = jax.lax.stop_gradient(z @ slopes)
+  hessian = jax.lax.stop_gradient(hessian)
+  return _solvers.last_step_on_simplex(z, slopes - level * a, hessian, a)
+
+
+def _by_newton(problem: _Problem) -> tuple[jax.Array, jax.Array]:
+  """(v, nu), and how long the multiplier of the norm may be."""
+  z = _minimise(problem, lambda z: _of_norm(problem, z), 1.0)
+  return z, jnp.asarray(jnp.inf, z.dtype)
+
+
+def _by_bisection(problem: _Problem) -> tuple[jax.Array, jax.Array]:
+  """The same, for a minimum at a kink of the norm."""
+
   def quadratic(mu):
     matrix = mu * problem.matrix
     return _minimise(problem, lambda z: (matrix @ z, matrix), 1 / mu)
@@ -155,7 +181,17 @@ def _by_bisection(problem: _Problem) -> Direction:
   bounds = (smallest, jnp.asarray(_LARGEST, smallest.dtype))
   (low, high), _ = jax.lax.scan(halve, bounds, None, length=_HALVINGS)
   mu = jnp.sqrt(low) * jnp.sqrt(high)
-  return _direction(problem, quadratic(mu), mu)
+  return quadratic(mu), mu
+
+
+def _length(matrix: jax.Array, rows: jax.Array, v: jax.Array) -> jax.Array:
+  """Of a sum: its digits by coordinates, its derivative by inner products."""
+  length = jax.lax.stop_gradient(jnp.linalg.norm(v @ rows))
+  square = v @ matrix @ v
+  change = square - jax.lax.stop_gradient(square)
+  return length + jnp.where(
+    length > 0, change / (2 * jnp.where(length > 0, length, 1)), 0
+  )
 
 
 def _direction(
@@ -163,16 +199,18 @@ def _direction(
 ) -> Direction:
   """The best direction for the weights; a longer multiplier is not taken."""
   along, across = math.cos(problem.angle), math.sin(problem.angle)
-  a, units, mean = problem.a, problem.rows[:-1], problem.rows[-1]
-  tilt = problem.matrix[-1, :-1]
+  rows = jax.lax.stop_gradient(problem.rows)
+  a, units, mean = problem.a, rows[:-1], rows[-1]
+  cos, tilt = problem.matrix[:-1, :-1], problem.matrix[-1, :-1]
   v = jnp.where(a > 0, z[:-1], 0)
   total = jnp.sum(v * a)
   v = v / jnp.where(total > 0, total, 1)
 
   # g_w, and its parts along and across the mean.
-  length = jnp.linalg.norm(v @ units)
+  length = _length(cos, units, v)
   front = v @ tilt
-  side = jnp.linalg.norm(v @ (units - tilt[:, None] * mean[None, :]))
+  beside = units - tilt[:, None] * mean[None, :]
+  side = _length(cos - jnp.outer(tilt, tilt), beside, v)
   inside = (side * along <= front * across) & (length > 0)
   # Outside the cone it is on its surface, or inside where g_w hardly leaves the
   # mean.
@@ -184,4 +222,5 @@ def _direction(
 
   gains = units @ (p * (v @ units) + q * mean)
   short = jnp.where(a > 0, (v @ gains) * a - gains, 0)
-  return Direction(v, p, q, jnp.maximum(jnp.max(short), 0))
+  residual = jax.lax.stop_gradient(jnp.maximum(jnp.max(short), 0))
+  return Direction(v, p, q, residual)

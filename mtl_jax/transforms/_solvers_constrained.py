@@ -53,7 +53,8 @@ def least_worst(
   shortest = jnp.min(jnp.where(usable, lengths, jnp.inf))
   shortest = jnp.where(jnp.any(usable), shortest, 1)
   lengths = jnp.where(usable, lengths, shortest)
-  across = jnp.sqrt(constraint.square)
+  some = constraint.square > 0
+  across = jnp.where(some, jnp.sqrt(jnp.where(some, constraint.square, 1)), 0)
   tilt = constraint.inner / lengths / jnp.where(across > 0, across, 1)
   reach = constraint.rho * across / shortest
   # The variables are w |F| / shortest and nu |q| / shortest. One of an absent
@@ -66,14 +67,17 @@ def least_worst(
   )
   linear = jnp.zeros(tilt.shape[0] + 1, gram.dtype).at[-1].set(-reach)
   a = jnp.append(jnp.where(active, shortest / lengths, 0), 0)
-  some = jnp.any(active)
   # Without any task the sum of weights still needs a variable.
-  a = jnp.where(some, a, jnp.ones_like(a).at[-1].set(0))
+  a = jnp.where(jnp.any(active), a, jnp.ones_like(a).at[-1].set(0))
   # The multiplier of q begins far above what it can be but for opposed q: from
   # below, Newton's steps are too short there.
   start = jnp.full_like(a, 1 / jnp.sum(a)).at[-1].set(10 * (1 + reach))
-  derivatives = lambda v: (matrix @ v + linear, matrix)
-  v = _solvers.interior_point(derivatives, a, start)
+  still = jax.lax.stop_gradient((matrix, linear, a, start))
+  derivatives = lambda v: (still[0] @ v + still[1], still[0])
+  v = _solvers.interior_point(derivatives, still[2], still[3])
+  slopes = matrix @ v + linear
+  level = jax.lax.stop_gradient(v @ slopes)
+  v = _solvers.last_step_on_simplex(v, slopes - level * a, still[0], a)
   weights = jnp.where(active, v[:-1] * a[:-1], 0)
   total = jnp.sum(weights)
   weights = weights / jnp.where(total > 0, total, 1)
@@ -85,4 +89,6 @@ def least_worst(
   terms = jnp.sum(v) + across_v
   shortfall = jnp.where(usable, level * shortest / lengths - slopes, 0)
   residual = jnp.max(shortfall) / jnp.where(terms > 0, terms, 1)
-  return _from_gram.Solution(weights, jnp.maximum(residual, 0))
+  return _from_gram.Solution(
+    weights, jax.lax.stop_gradient(jnp.maximum(residual, 0))
+  )

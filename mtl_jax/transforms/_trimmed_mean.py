@@ -58,13 +58,19 @@ def trimmed_mean(
     Statistical Rates <https://arxiv.org/abs/1803.01498>`_, 2018, definition 2
   """
   _arguments.check_count('trim', trim, 0)
-  if num_tasks is not None and 1 <= num_tasks <= 2 * trim:
-    raise ValueError(
-      f'num_tasks must be more than twice trim={trim}, got {num_tasks}'
-    )
+
+  def check(size):
+    if 1 <= size <= 2 * trim:
+      raise ValueError(
+        f'num_tasks must be more than twice trim={trim}, got {size}'
+      )
+
+  if num_tasks is not None:
+    check(num_tasks)
 
   def combine(given: _lift.Given) -> _lift.Combined:
     size = given.active.shape[0]
+    check(size)
     count = jnp.sum(given.active)
     cut = jnp.where(count > 2 * trim, trim, 0)
     rank = jnp.arange(size)

@@ -111,6 +111,7 @@ def weighted(
       aggregate,
       axes=plain.axes,
       head_scale='weights',
+      weights='gradients',
       for_tasks=for_tasks,
     )
 

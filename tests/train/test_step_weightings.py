@@ -8,6 +8,7 @@ import pytest
 import test_step
 
 import mtl_jax
+from mtl_jax import models
 from mtl_jax import slices
 from mtl_jax.train import step as steps
 
@@ -204,3 +205,96 @@ def test_a_weighting_does_not_go_with_what_aggregators_need():
       weighting=mtl_jax.gls(),
       extra_batches=1,
     )
+
+
+LEFT_OUT = {
+  'uncertainty': mtl_jax.uncertainty(),
+  'dwa': mtl_jax.dwa(steps_per_epoch=2),
+  'rlw': mtl_jax.rlw(),
+  'famo': mtl_jax.famo(),
+  'auto_lambda': mtl_jax.auto_lambda(),
+  'moml': mtl_jax.moml(),
+  'forum': mtl_jax.forum(),
+  'moco': None,
+  'famo as an aggregator': None,
+}
+
+
+@pytest.mark.parametrize('name', LEFT_OUT)
+def test_a_step_that_is_left_out_changes_nothing_but_the_counts(name):
+  problem = test_step._problem()
+  # With running statistics, which no optimizer knows of.
+  model = models.make_model(test_step._Normalised(), problem.tasks)
+  weighting, after_step = LEFT_OUT[name], None
+  tx = optax.adam(0.1)
+  if name == 'moco':
+    tx = optax.chain(mtl_jax.shared_only(mtl_jax.moco(), _names()), tx)
+  if name == 'famo as an aggregator':
+    famo = mtl_jax.famo()
+    tx = optax.chain(mtl_jax.shared_only(mtl_jax.weighted(famo), _names()), tx)
+    after_step = lambda losses, opt_state, active: mtl_jax.after_step(
+      famo, losses, opt_state, active
+    )
+  tx = mtl_jax.skip_nonfinite(tx)
+  batch = dict(test_step._batch())
+  batch['image'] = batch['image'].astype(jnp.float32)
+  bad = {**batch, 'image': batch['image'].at[0].set(jnp.nan)}
+  state = steps.init_state(
+    problem, model, tx, seed=0, batch=batch, weighting=weighting
+  )
+  step = jax.jit(
+    steps.make_train_step(
+      problem,
+      model,
+      tx,
+      weighting=weighting,
+      lookahead=0.1,
+      after_step=after_step,
+    )
+  )
+  before, metrics = step(state, batch)
+  assert metrics['skipped'] == 0
+  after, metrics = step(before, bad)
+  assert metrics['skipped'] == 1
+  assert metrics['loss'] == 0
+  assert all(metrics[f'{task}/present'] == 0 for task in _names())
+  assert after.step == before.step + 1
+  assert after.opt_state.skipped == 1
+  pair = [
+    (s.params, s.model_state, s.opt_state.inner, s.weighting)
+    for s in (before, after)
+  ]
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(*_data(a, b)), *pair)
+  # The good step did change something, or nothing would be shown by this.
+  start = state.params, state.model_state, state.opt_state.inner
+  for old, new in zip(start, pair[0], strict=False):
+    assert any(
+      np.any(a != b)
+      for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    )
+
+
+def _data(*leaves):
+  is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+  return [jax.random.key_data(x) if is_key(x) else x for x in leaves]
+
+
+@pytest.mark.parametrize('kind', ['plain', 'flat'])
+def test_numbers_of_each_group_are_logged_under_its_name(kind):
+  aggregator = mtl_jax.per_group(mtl_jax.mgda(), 'leaf')
+  if kind == 'flat':
+    aggregator = mtl_jax.flat_minima(aggregator, _names(), rho=0.1)
+  else:
+    aggregator = mtl_jax.shared_only(aggregator, _names())
+  state, metrics = _run(optax.chain(aggregator, optax.sgd(0.1)), count=1)
+  shown = mtl_jax.diagnostics(state.opt_state)
+  cosines = {k: v for k, v in shown.items() if k.endswith('/mean_cosine')}
+  assert len(cosines) >= (4 if kind == 'flat' else 2)
+  for key, value in cosines.items():
+    parts = key.removesuffix('/mean_cosine')
+    if parts.startswith('flat/'):
+      logged = 'flat/mean_cosine/' + parts.removeprefix('flat/')
+    else:
+      logged = 'mean_cosine/' + parts.removeprefix('loss/')
+    assert metrics[logged] == value
+  assert 'mean_cosine' not in metrics

@@ -12,6 +12,7 @@ from method_row import GOLDEN_MATRIX as GOLDEN_MATRIX
 from method_row import LOSSES as LOSSES
 import numpy as np
 import pytest
+import quick_compile
 import rows_basic
 import rows_geometry
 import rows_solvers
@@ -84,9 +85,7 @@ def _compiled(name, tasks):
       **method.extras(task_grads),
     )
 
-  # These tests compile much and compute little.
-  options = {'xla_backend_optimization_level': 0}
-  return Compiled(tx, jax.jit(update, compiler_options=options), traces)
+  return Compiled(tx, quick_compile.jit(update), traces)
 
 
 def compiled(method, tasks):

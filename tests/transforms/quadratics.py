@@ -10,10 +10,10 @@ from collections.abc import Callable
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import methods
 import numpy as np
+import quick_compile
 
 import mtl_jax
 
@@ -79,7 +79,7 @@ def _compiled(name, size):
   tx = method.make_alone(range(size), num_tasks=size)
   return mtl_jax.Aggregator(
     tx.init,
-    jax.jit(tx.aggregate),
+    quick_compile.jit(tx.aggregate),
     head_scale=tx.head_scale,
     weights=tx.weights,
   )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick_compile
 import references
 from scipy import optimize
 
@@ -65,8 +66,7 @@ def compiled(weighting, losses=loss_fn, rate=RATE):
       losses, params, train, valid, state, learning_rate=rate, active=active
     )
 
-  # These tests compile much and compute little.
-  return jax.jit(update, compiler_options={'xla_backend_optimization_level': 0})
+  return quick_compile.jit(update)
 
 
 class Adam:
@@ -693,3 +693,33 @@ def test_init_refuses_tasks_that_do_not_exist():
   for kind in ALL:
     with pytest.raises(ValueError, match='num_tasks must be at least 1, got 0'):
       KINDS[kind]().init(0, params)
+
+
+@pytest.mark.parametrize('kind', ALL)
+@pytest.mark.parametrize('half', ['train', 'valid'])
+def test_a_batch_that_is_not_finite_leaves_nothing_in_what_is_learnt(
+  kind, half
+):
+  weighting = KINDS[kind]()
+  update = compiled(weighting)
+  params = params_of(np.ones(DIMENSIONS))
+  good = {'train': floats(quadratics(0)), 'valid': floats(quadratics(1))}
+  _, before = update(
+    params, good['train'], good['valid'], weighting.init(TASKS, params)
+  )
+  bad = jax.tree.map(lambda x: x.at[0].set(jnp.nan), good[half])
+  _, after = update(params, *{**good, half: bad}.values(), before)
+  learnt = lambda state: {
+    name: value
+    for name, value in state._asdict().items()
+    if name in ('lambdas', 'logits', 'multipliers', 'count', 'opt_state')
+  }
+  # What does not depend on the task that is not finite may be learnt.
+  for leaf in jax.tree.leaves(learnt(after)):
+    assert np.all(np.isfinite(leaf))
+  _, alone = update(params, good['train'], good['valid'], after)
+  for leaf in jax.tree.leaves(alone):
+    assert np.all(np.isfinite(leaf))
+  all_bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), good)
+  _, after = update(params, all_bad['train'], all_bad['valid'], before)
+  jax.tree.map(np.testing.assert_array_equal, learnt(after), learnt(before))

@@ -60,12 +60,34 @@ WAYS = [
   if method in quadratics.KNOWN
   if head_scale == 'none' or method.weights == 'gradients'
 ]
+# The perturbation knows nothing of the method: with the other norms and balls
+# one of each kind will do (without a solver, with one, random, without weights,
+# with memory).
+KINDS = ('linear', 'mgda', 'pcgrad', 'cagrad_0.1', 'trimmed_mean', 'moco')
+BALLS = [('joint', False), ('separate', True), ('joint', True)]
+CASES = [
+  pytest.param(*way.values, 'separate', False, id=f'{way.id}-separate-sam')
+  for way in WAYS
+] + [
+  pytest.param(
+    *way.values,
+    norm,
+    adaptive,
+    id=f'{way.id}-{norm}-{"asam" if adaptive else "sam"}',
+  )
+  for way in WAYS
+  if way.values[0].name in KINDS
+  for norm, adaptive in BALLS
+]
+
+
+def test_every_kind_of_method_is_in_the_cases():
+  names = {way.values[0].name for way in WAYS}
+  assert names.issuperset(KINDS)
 
 
 @pytest.mark.parametrize('combination', COMBINATIONS)
-@pytest.mark.parametrize('adaptive', [False, True], ids=['sam', 'asam'])
-@pytest.mark.parametrize('norm', ['separate', 'joint'])
-@pytest.mark.parametrize(('method', 'head_scale'), WAYS)
+@pytest.mark.parametrize(('method', 'head_scale', 'norm', 'adaptive'), CASES)
 def test_update_is_the_closed_form(
   method, norm, adaptive, combination, head_scale
 ):

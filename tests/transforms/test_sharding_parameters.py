@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 import quadratics
+import quick_compile
 
 import mtl_jax
 
@@ -19,9 +20,6 @@ METHODS = {
   for m in quadratics.FACTORIES
   if not (m.random and m.weights == 'none')
 }
-jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
 
 
 def labels(params):
@@ -126,7 +124,7 @@ def specs():
 @functools.cache
 def results(place):
   if place == 'one device':
-    return jax.tree.map(np.asarray, jit(step)(PARAMS, PROBLEM))
+    return jax.tree.map(np.asarray, quick_compile.jit(step)(PARAMS, PROBLEM))
   mesh = jax.make_mesh(
     (DEVICES,), ('model',), axis_types=(jax.sharding.AxisType.Auto,)
   )
@@ -138,7 +136,7 @@ def results(place):
     out_specs={f'{n} {k}': (P('model'), P()) for n, k in CASES},
     check_vma=place == 'with check_vma',
   )
-  return jax.tree.map(np.asarray, jit(mapped)(PARAMS, PROBLEM))
+  return jax.tree.map(np.asarray, quick_compile.jit(mapped)(PARAMS, PROBLEM))
 
 
 @pytest.mark.parametrize('name, kind', CASES)
@@ -188,5 +186,8 @@ def test_replicas_and_shards_may_be_had_together(check_vma):
     check_vma=check_vma,
   )
   np.testing.assert_allclose(
-    jit(mapped)(theta, centres), update(theta, centres), rtol=1e-4, atol=1e-5
+    quick_compile.jit(mapped)(theta, centres),
+    update(theta, centres),
+    rtol=1e-4,
+    atol=1e-5,
   )

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_compile
 
+import mtl_jax
 from mtl_jax.transforms import _solvers
 from mtl_jax.transforms import _solvers_averse
 from mtl_jax.transforms import _solvers_cone
+from mtl_jax.transforms import _solvers_constrained
 from mtl_jax.transforms import _solvers_fair
 
 
@@ -30,10 +33,13 @@ def _fair(gram, active, alpha, scale):
   return _solvers_fair.alpha_fair(gram, active, alpha, scale).weights
 
 
-# These tests compile much and compute little.
-_jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
+def _least_worst(gram, active):
+  """The gradient of the constraint is a sum of those of the tasks."""
+  size = gram.shape[0]
+  q = jnp.where(active, 0.5 - jnp.arange(size) % 2, 0).astype(gram.dtype)
+  constraint = _solvers_constrained.Constraint(gram @ q, q @ gram @ q, 0.1)
+  return _solvers_constrained.least_worst(gram, constraint, active).weights
+
 
 SOLVERS = {
   'min_norm': lambda gram, active: _solvers.min_norm(gram, active).weights,
@@ -45,6 +51,7 @@ SOLVERS = {
   'fair_0.3': functools.partial(_fair, alpha=0.3, scale='norm'),
   'fair_2': functools.partial(_fair, alpha=2.0, scale='norm'),
   'fair_10_paper': functools.partial(_fair, alpha=10.0, scale='paper'),
+  'least_worst': _least_worst,
 }
 
 
@@ -55,7 +62,7 @@ def _value_and_gradient(name, size):
   def value(J, r):
     return r @ SOLVERS[name](J @ J.T, jnp.ones(size, bool))
 
-  return _jit(value), _jit(jax.grad(value))
+  return quick_compile.jit(value), quick_compile.jit(jax.grad(value))
 
 
 def _problem(size, seed):
@@ -100,6 +107,52 @@ def test_derivative_in_float32_is_that_in_float64(name):
     )
 
 
+DIRECTIONS = {
+  'conicgrad': mtl_jax.conicgrad(),
+  'conicgrad_20': mtl_jax.conicgrad(angle=20.0),
+  'aligned_mtl': mtl_jax.aligned_mtl(),
+  'aligned_mtl_rmse': mtl_jax.aligned_mtl('rmse'),
+}
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 4])
+@pytest.mark.parametrize('name', DIRECTIONS)
+def test_derivative_of_the_update_is_the_finite_difference(name, size):
+  tx = DIRECTIONS[name]
+  value = lambda J, d: tx.update(J, tx.init(J[0]))[0] @ d
+  gradient = quick_compile.jit(jax.grad(value))
+  value = quick_compile.jit(value)
+  for seed in range(3):
+    J, _ = _problem(size, seed)
+    d = np.random.default_rng(seed).standard_normal(J.shape[1])
+    found = np.asarray(gradient(J.astype(np.float32), d.astype(np.float32)))
+    with jax.enable_x64(True):
+      exact = np.asarray(gradient(J, d))
+      right = np.zeros_like(J)
+      for place in np.ndindex(J.shape):
+        step = np.zeros_like(J)
+        step[place] = 1e-5
+        right[place] = (value(J + step, d) - value(J - step, d)) / 2e-5
+    largest = max(1e-2, np.abs(right).max())
+    np.testing.assert_allclose(exact, right, atol=1e-6 * largest)
+    np.testing.assert_allclose(found, right, atol=1e-3 * largest)
+
+
+@pytest.mark.parametrize('name', ['conicgrad', 'conicgrad_20'])
+def test_derivatives_of_the_update_are_finite_for_dependent_gradients(name):
+  tx = DIRECTIONS[name]
+  both = quick_compile.jit(
+    lambda J, active: [
+      derivative(lambda J: tx.update(J, tx.init(J[0]), active=active)[0])(J)
+      for derivative in (jax.jacrev, jax.jacfwd)
+    ]
+  )
+  for active in ([True] * 3, [True, False, True], [False] * 3):
+    for J in DEGENERATE.values():
+      for found in both(np.array(J, np.float32), np.array(active)):
+        assert np.all(np.isfinite(found))
+
+
 def test_derivative_at_a_cosine_of_one_by_hand():
   # Of two unit gradients Nash's weights are (1 + k)^(-1/2), k their cosine.
   def weight(k):
@@ -128,7 +181,7 @@ DEGENERATE = {
 
 @pytest.mark.parametrize('name', SOLVERS)
 def test_derivatives_are_finite_where_gradients_are_dependent(name):
-  both = _jit(
+  both = quick_compile.jit(
     lambda *args: (
       jax.jacrev(SOLVERS[name])(*args),
       jax.jacfwd(SOLVERS[name])(*args),
@@ -149,7 +202,7 @@ def test_derivatives_are_finite_where_gradients_are_dependent(name):
 def test_derivatives_are_finite_for_many_dependent_tasks(name):
   # In float32 some of these matrices cannot be factorised, ridge or not.
   active = jnp.ones(40, bool)
-  gradient = _jit(
+  gradient = quick_compile.jit(
     jax.grad(lambda gram: jnp.arange(40.0) @ SOLVERS[name](gram, active))
   )
   for dimensions in (1, 2, 3, 10):
@@ -167,7 +220,7 @@ def test_derivative_of_a_batch_is_that_of_each(name):
   _, gradient = _value_and_gradient(name, 4)
   J, r = zip(*(_problem(4, seed) for seed in range(4)), strict=True)
   J, r = np.stack(J).astype(np.float32), np.stack(r).astype(np.float32)
-  found = _jit(jax.vmap(gradient.__wrapped__))(J, r)
+  found = quick_compile.jit(jax.vmap(gradient.__wrapped__))(J, r)
   for i in range(4):
     right = np.asarray(gradient(J[i], r[i]))
     np.testing.assert_allclose(

@@ -9,6 +9,7 @@ import method_row
 import methods
 import numpy as np
 import pytest
+import quick_compile
 import references
 import references_stochastic
 import rows_stochastic
@@ -171,7 +172,7 @@ def test_scale_of_the_paper_steps_on_what_is_not_normalised(
   factory, arguments, reference
 ):
   tx = factory(scale='paper', num_tasks=3, **arguments)
-  update = jax.jit(tx.update)
+  update = quick_compile.jit(tx.update)
   memory, state = None, tx.init(jnp.zeros(8))
   for i in range(3):
     J = methods.matrix(3, 8, seed=i)
@@ -221,7 +222,7 @@ def test_sdmgrad_on_one_batch_comes_to_the_least_norm_point():
   # though 20 steps alone do not get there.
   J = methods.matrix(5, 12, seed=3)
   tx = mtl_jax.sdmgrad(0.0, sampling='single', inner_steps=5, num_tasks=5)
-  step = jax.jit(tx.update)
+  step = quick_compile.jit(tx.update)
   state = tx.init(J[0])
   right = references.least_norm_weights(J)
   errors = []
@@ -260,7 +261,7 @@ def test_moco_tracks_the_mean_of_noisy_gradients():
   rng = np.random.default_rng(0)
   J = methods.matrix(2, 30)
   tx = mtl_jax.moco(beta=1.0, beta_decay=1.0, num_tasks=2)
-  step = jax.jit(tx.update)
+  step = quick_compile.jit(tx.update)
   state = tx.init(J[0])
   drawn = []
   for _ in range(50):
@@ -330,7 +331,7 @@ def test_db_mtl_gives_every_task_the_length_of_the_longest():
 def test_gradnorm_pulls_the_task_that_learns_slowly_up():
   J = np.eye(3, dtype=np.float32)
   tx = mtl_jax.gradnorm(learning_rate=0.01, num_tasks=3)
-  step = jax.jit(tx.update)
+  step = quick_compile.jit(tx.update)
   state = tx.init(J[0])
   for losses in ([1, 2, 4], [0.5, 2, 1], [0.5, 2, 1]):
     _, state = step(J, state, losses=jnp.array(losses, jnp.float32))
@@ -391,7 +392,7 @@ def test_excess_mtl_forgives_a_task_whose_weight_was_nothing():
   # After a long time far ahead of the other the first weight is below what
   # float32 holds; it must come back when the risks change sides.
   tx = mtl_jax.excess_mtl(step_size=50.0, num_tasks=2)
-  step = jax.jit(tx.update)
+  step = quick_compile.jit(tx.update)
   state = tx.init(jnp.zeros(2))
   _, state = step(jnp.eye(2), state)
   for _ in range(4):
@@ -474,7 +475,7 @@ def test_cr_mogm_moves_the_state_of_what_it_averages():
   J = methods.matrix(3, 6)
   tx = mtl_jax.cr_mogm(mtl_jax.pcgrad(seed=1), num_tasks=3)
   old = tx.init(J[0])
-  _, new = jax.jit(tx.update)(J, old)
+  _, new = quick_compile.jit(tx.update)(J, old)
   keys = [jax.random.key_data(s.memory.inner.key) for s in (old, new)]
   assert np.any(np.asarray(keys[0]) != np.asarray(keys[1]))
   tx = mtl_jax.cr_mogm(mtl_jax.modo(), num_tasks=3)

@@ -13,6 +13,7 @@ import methods
 import numpy as np
 import optax
 import pytest
+import quick_compile
 
 import mtl_jax
 from mtl_jax import problems
@@ -137,10 +138,7 @@ def in_jax(method, flat):
     tx = mtl_jax.shared_only(aggregator, names(), head_scale='none')
   tx = optax.chain(tx, optax.sgd(RATE))
   state = steps.init_state(problem(), model(), tx, seed=0, batch=batch())
-  step = jax.jit(
-    steps.make_train_step(problem(), model(), tx),
-    compiler_options={'xla_backend_optimization_level': 0},
-  )
+  step = quick_compile.jit(steps.make_train_step(problem(), model(), tx))
   with jax.default_matmul_precision('highest'):
     for _ in range(STEPS):
       state, _ = step(state, batch())

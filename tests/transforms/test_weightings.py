@@ -9,6 +9,7 @@ import methods
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import quick_compile
 from weighting_row import BOUNDS
 import weighting_rows as rows
 
@@ -34,9 +35,7 @@ def _compiled(name, tasks):
       state = weighting.after_step(new_losses, state, active=active)
     return weights, state
 
-  # These tests compile much and compute little.
-  options = {'xla_backend_optimization_level': 0}
-  return weighting, jax.jit(step, compiler_options=options)
+  return weighting, quick_compile.jit(step)
 
 
 def run(row, losses, *, active=None, tasks=None, state=None):
