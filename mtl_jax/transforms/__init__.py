@@ -22,7 +22,6 @@ from mtl_jax.transforms._flat_minima import flat_minima
 from mtl_jax.transforms._flat_minima import FlatMinimaState
 from mtl_jax.transforms._forum import forum
 from mtl_jax.transforms._from_gram import from_gram
-from mtl_jax.transforms._from_gram import Solution
 from mtl_jax.transforms._graddrop import graddrop
 from mtl_jax.transforms._gradnorm import gradnorm
 from mtl_jax.transforms._gradvac import gradvac
@@ -47,6 +46,7 @@ from mtl_jax.transforms._shared_only import shared_only
 from mtl_jax.transforms._skip_nonfinite import left_out
 from mtl_jax.transforms._skip_nonfinite import skip_nonfinite
 from mtl_jax.transforms._skip_nonfinite import SkipNonfiniteState
+from mtl_jax.transforms._solution import Solution
 from mtl_jax.transforms._trimmed_mean import trimmed_mean
 from mtl_jax.transforms._upgrad import upgrad
 from mtl_jax.transforms._weighted import after_step

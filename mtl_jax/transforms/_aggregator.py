@@ -189,6 +189,15 @@ def as_aggregator(tx: optax.GradientTransformation) -> Aggregator:
   return Aggregator(tx.init, aggregate)
 
 
+def check_weights(name: str, inner: Aggregator) -> None:
+  """Raises unless an update is a weighted sum of the task gradients."""
+  if inner.weights != 'gradients':
+    raise ValueError(
+      f'{name} needs an aggregator whose update is a weighted sum of the task '
+      f'gradients, got one with weights={inner.weights!r}'
+    )
+
+
 def check_task_axis(
   task_grads: Any, params: Any = None, num_tasks: int | None = None
 ) -> int:

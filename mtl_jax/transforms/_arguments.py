@@ -29,7 +29,7 @@ def check_not_negative(argument: str, value: float) -> None:
 
 def check_count(argument: str, value: int, least: int = 1) -> None:
   """Raises unless `value` is a whole number of at least `least`."""
-  if not math.isfinite(value) or value != int(value) or value < least:
+  if not isinstance(value, int | np.integer) or value < least:
     raise ValueError(
       f'{argument} must be a whole number of at least {least}, got {value}'
     )
@@ -37,8 +37,8 @@ def check_count(argument: str, value: int, least: int = 1) -> None:
 
 def check_num_tasks(num_tasks: int | None) -> None:
   """Raises for fewer than one task; None is an unknown number."""
-  if num_tasks is not None and num_tasks < 1:
-    raise ValueError(f'num_tasks must be at least 1, got {num_tasks}')
+  if num_tasks is not None:
+    check_count('num_tasks', num_tasks)
 
 
 def check_seed(seed: int | jax.Array) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_jax.transforms import _aggregator
@@ -106,11 +107,12 @@ def auto_lambda(
     <https://arxiv.org/abs/2202.03091>`_, 2022
   """
   if primary is not None:
-    primary = tuple(int(i) for i in primary)
-    if not primary or min(primary) < 0 or len(set(primary)) < len(primary):
+    whole = np.ndim(primary) == 1 and np.asarray(primary).dtype.kind == 'i'
+    if not whole or min(primary) < 0 or len(set(primary)) < len(primary):
       raise ValueError(
-        f'primary must be distinct indices of tasks, got {primary}'
+        f'primary must be distinct indices of tasks, got {primary!r}'
       )
+    primary = tuple(int(i) for i in primary)
   _arguments.check_positive('initial', initial)
   adam = optax.adam(1e-4) if optimizer is None else optimizer
   _bilevel.check_optimizer(adam)

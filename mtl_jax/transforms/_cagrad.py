@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
+from mtl_jax.transforms import _solution
 from mtl_jax.transforms import _solvers_averse
 
 
@@ -72,7 +73,7 @@ def cagrad(
       return mean
     found, multiplier = _solvers_averse.conflict_averse(gram, active, c)
     weights = (mean + multiplier * found.weights) / divisor
-    return _from_gram.Solution(weights, found.residual)
+    return _solution.Solution(weights, found.residual)
 
   return _from_gram.from_gram(
     weights_fn,

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.transforms import _aggregator
-from mtl_jax.transforms import _every
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _lift
 from mtl_jax.transforms import _mgda
@@ -107,7 +106,7 @@ def cr_mogm(
       f'{axis_name!r}, reduce={reduce!r} and shard_axis={shard_axis!r}'
     )
   inner = _aggregator.as_aggregator(aggregator)
-  _every.check_weights('cr_mogm', inner)
+  _aggregator.check_weights('cr_mogm', inner)
 
   def memory(size, params, dtype):
     return CrMogmMemory(

@@ -77,7 +77,7 @@ def every(
   """
   _arguments.check_count('k', k)
   inner = _aggregator.as_aggregator(aggregator)
-  check_weights('every', inner)
+  _aggregator.check_weights('every', inner)
   if num_tasks is not None:
     inner = inner.for_tasks(num_tasks)
 
@@ -123,15 +123,6 @@ def every(
     weights='gradients',
     for_tasks=lambda size: every(k, inner.for_tasks(size)),
   )
-
-
-def check_weights(name: str, inner: _aggregator.Aggregator) -> None:
-  """Raises unless an update is a weighted sum of the task gradients."""
-  if inner.weights != 'gradients':
-    raise ValueError(
-      f'{name} needs an aggregator whose update is a weighted sum of the task '
-      f'gradients, got one with weights={inner.weights!r}'
-    )
 
 
 def initial_weights(name: str, state: Any) -> jax.Array:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from collections.abc import Hashable
 from typing import Any
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +10,11 @@ import jax.numpy as jnp
 from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _lift
-
-
-class Solution(NamedTuple):
-  """Weights and what comes with them.
-
-  Attributes:
-    weights: [T].
-    residual: scalar, how far the weights are from the solver's optimality
-      conditions, relative to the size of their terms; None in closed form.
-    memory: what is remembered for the next update; None without memory.
-  """
-
-  weights: jax.Array
-  residual: jax.Array | None = None
-  memory: Any = None
+from mtl_jax.transforms import _solution
 
 
 def from_gram(
-  weights_fn: Callable[..., jax.Array | Solution],
+  weights_fn: Callable[..., jax.Array | _solution.Solution],
   *,
   memory: Callable[[int, Any], Any] | None = None,
   extra_batches: int = 0,
@@ -110,8 +95,8 @@ def from_gram(
     found = weights_fn(
       given.gram, losses=given.losses, active=given.active, **extra
     )
-    if not isinstance(found, Solution):
-      found = Solution(found)
+    if not isinstance(found, _solution.Solution):
+      found = _solution.Solution(found)
     if found.weights.shape != given.active.shape:
       raise ValueError(
         f'weights_fn must return weights [{size}], got shape '

@@ -10,6 +10,7 @@ from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
 from mtl_jax.transforms import _simplex_memory
+from mtl_jax.transforms import _solution
 
 
 class GradNormMemory(NamedTuple):
@@ -137,7 +138,7 @@ def gradnorm(
       slope = jnp.where(length > 0, slope / jnp.where(length > 0, length, 1), 0)
     moved = jnp.maximum(weights - learning_rate * slope, 0)
     shares = _simplex_memory.share(moved, active)
-    return _from_gram.Solution(
+    return _solution.Solution(
       weights,
       memory=GradNormMemory(
         _simplex_memory.keep(memory.shares, shares, active),

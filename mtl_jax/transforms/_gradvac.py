@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
+from mtl_jax.transforms import _solution
 from mtl_jax.transforms import _solvers
 
 # To turn a gradient into the direction of another takes infinitely much of it;
@@ -116,7 +117,7 @@ def gradvac(
     mixes, targets = jax.vmap(vaccinate)(jnp.arange(size), keys, memory)
     mixes = jnp.where(active[:, None], mixes, 0)
     weights = jnp.sum(mixes * (lengths[:, None] / lengths[None, :]), axis=0)
-    return _from_gram.Solution(weights, memory=targets)
+    return _solution.Solution(weights, memory=targets)
 
   return _from_gram.from_gram(
     weights_fn,

@@ -28,6 +28,9 @@ def krum(
   :math:`g_i`, and S are the m tasks with the smallest scores. Tasks with equal
   scores are taken in their order.
 
+  Distances come from the Gram matrix: between gradients that differ by less
+  than a thousandth of their length little is left of them in float32.
+
   Scale: a mean. Degree of homogeneity: 1. With fewer active tasks than 2 f + 3
   or m it is the mean of the active ones.
 

@@ -53,7 +53,8 @@ def moco(
     \qquad d = \sum_i w_i y_i
 
   with :math:`\beta_k = \beta / k^{b}` and :math:`\gamma_k = \gamma / k^{c}` in
-  the k-th update of a task. Its first gradient begins the average.
+  the k-th update of a task (:math:`\gamma_k` of the task that has had most).
+  Its first gradient begins the average.
 
   Scale: weights on the simplex. Degree of homogeneity: 1 in the gradients of
   this and the earlier updates together; with `scale='paper'` the step of the

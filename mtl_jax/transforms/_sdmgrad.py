@@ -10,6 +10,7 @@ from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _from_gram
 from mtl_jax.transforms import _simplex_memory
+from mtl_jax.transforms import _solution
 from mtl_jax.transforms import _solvers
 
 
@@ -129,7 +130,7 @@ def sdmgrad(
     weights = w + pull
     if rescale == '1+lambda':
       weights = weights / (1 + lambda_)
-    return _from_gram.Solution(
+    return _solution.Solution(
       weights, memory=_simplex_memory.keep(memory, w, active)
     )
 

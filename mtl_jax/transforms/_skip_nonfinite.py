@@ -41,8 +41,9 @@ def skip_nonfinite(
 
   A NaN or an infinity in an active task's gradient makes every aggregator's
   update non-finite; so does a loss a weighting cannot take the logarithm of.
-  Wrap the whole chain: the update is then zero, and no state (moments, weights,
-  keys) has seen the step. `optax.apply_if_finite` does the same for gradients
+  Wrap the whole chain: the update is then zero, and nothing of its state
+  (moments, weights, keys) has seen the step; `left_out` tells whoever keeps
+  more. `optax.apply_if_finite` does the same for gradients
   without a task axis; around an aggregator it raises, for shapes change.
 
   Args:

@@ -8,7 +8,8 @@ magnitude then cost no accuracy.
 
 Their derivatives are those of the solution, not of the iterations
 (`last_step`): past convergence an iteration has no derivative worth having. A
-residual has none, it is only looked at.
+residual has none, it is only looked at. (`aligned_mtl`, which has no solver but
+rotations, is differentiated through them.)
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.transforms import _from_gram
+from mtl_jax.transforms import _solution
 
 _ITERATIONS = 30
 # Relative ridge of Newton matrices only, in units of the dtype's resolution. It
@@ -104,7 +105,7 @@ def last_step(
   return v - jnp.where(works, step - jax.lax.stop_gradient(step), 0)
 
 
-def simplex_projection(x: jax.Array, active: jax.Array) -> _from_gram.Solution:
+def simplex_projection(x: jax.Array, active: jax.Array) -> _solution.Solution:
   r"""The point of the simplex that is nearest to x.
 
   .. math::
@@ -132,7 +133,7 @@ def simplex_projection(x: jax.Array, active: jax.Array) -> _from_gram.Solution:
   theta = (total - 1) / jnp.maximum(jnp.sum(on), 1)
   weights = jnp.where(on, jnp.maximum(x - theta, 0), 0)
   residual = jnp.where(jnp.any(active), jnp.abs(jnp.sum(weights) - 1), 0)
-  return _from_gram.Solution(weights, jax.lax.stop_gradient(residual))
+  return _solution.Solution(weights, jax.lax.stop_gradient(residual))
 
 
 def project_simplex(x: jax.Array, active: jax.Array) -> jax.Array:
@@ -229,7 +230,7 @@ def last_step_on_simplex(v, slopes, matrix, a):
   return last_step(v, jnp.where(on, slopes, 0), matrix, jnp.where(on, a, 0))
 
 
-def min_norm(gram: jax.Array, active: jax.Array) -> _from_gram.Solution:
+def min_norm(gram: jax.Array, active: jax.Array) -> _solution.Solution:
   r"""Least-norm point of the convex hull of task gradients.
 
   .. math::
@@ -281,7 +282,7 @@ def min_norm(gram: jax.Array, active: jax.Array) -> _from_gram.Solution:
   # |g_w|^2 - g_i.g_w, divided by |g_i| sum_j w_j |g_j|.
   shortfall = jnp.where(usable, norm * total / lengths - inner, 0)
   residual = jnp.where(some_zero, 0, jnp.maximum(jnp.max(shortfall), 0))
-  return _from_gram.Solution(weights, jax.lax.stop_gradient(residual))
+  return _solution.Solution(weights, jax.lax.stop_gradient(residual))
 
 
 def two_tasks(gram, linear, radius) -> jax.Array:

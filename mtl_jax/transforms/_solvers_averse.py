@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.transforms import _from_gram
+from mtl_jax.transforms import _solution
 from mtl_jax.transforms import _solvers
 
 # A shorter sum of gradients, in units of the shortest of them, is rounding.
@@ -97,7 +97,7 @@ def _minimiser(cos, tilt, a, c) -> jax.Array:
 
 def conflict_averse(
   gram: jax.Array, active: jax.Array, c: float
-) -> tuple[_from_gram.Solution, jax.Array]:
+) -> tuple[_solution.Solution, jax.Array]:
   r"""The dual of the conflict-averse direction.
 
   .. math::
@@ -164,6 +164,6 @@ def conflict_averse(
   weights = (v * a).astype(gram.dtype)
   scale = longest * mean / jnp.maximum(jnp.sum(active), 1) / shortest
   return (
-    _from_gram.Solution(weights, jax.lax.stop_gradient(residual)),
+    _solution.Solution(weights, jax.lax.stop_gradient(residual)),
     _multiplier(v, cos, c) * scale,
   )

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.transforms import _from_gram
+from mtl_jax.transforms import _solution
 from mtl_jax.transforms import _solvers
 
 # Newton's method with a corrector gains a digit or more an iteration; float32
@@ -69,7 +69,7 @@ def _nonnegative_quadratic(matrix: jax.Array, linear: jax.Array) -> jax.Array:
 
 def dual_cone(
   gram: jax.Array, active: jax.Array, coefficients: jax.Array
-) -> _from_gram.Solution:
+) -> _solution.Solution:
   r"""Projects combinations on the dual cone of task gradients, and sums them.
 
   The dual cone holds the directions that conflict with no task. With
@@ -121,4 +121,4 @@ def dual_cone(
   length = jnp.maximum(length, _SHORTEST * jnp.sum(still))
   residual = jnp.max(sizes @ wrong) / jnp.where(length > 0, length, 1)
   weights = jnp.where(usable, total / lengths, 0)
-  return _from_gram.Solution(weights, jax.lax.stop_gradient(residual))
+  return _solution.Solution(weights, jax.lax.stop_gradient(residual))

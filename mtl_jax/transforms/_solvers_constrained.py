@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.transforms import _from_gram
+from mtl_jax.transforms import _solution
 from mtl_jax.transforms import _solvers
 
 
@@ -31,7 +31,7 @@ class Constraint(NamedTuple):
 
 def least_worst(
   gram: jax.Array, constraint: Constraint, active: jax.Array
-) -> _from_gram.Solution:
+) -> _solution.Solution:
   r"""The dual of a search for the direction that helps the worst task.
 
   .. math::
@@ -89,6 +89,6 @@ def least_worst(
   terms = jnp.sum(v) + across_v
   shortfall = jnp.where(usable, level * shortest / lengths - slopes, 0)
   residual = jnp.max(shortfall) / jnp.where(terms > 0, terms, 1)
-  return _from_gram.Solution(
+  return _solution.Solution(
     weights, jax.lax.stop_gradient(jnp.maximum(residual, 0))
   )

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.transforms import _from_gram
+from mtl_jax.transforms import _solution
 from mtl_jax.transforms import _solvers
 
 SCALES = ('norm', 'paper')
@@ -21,7 +21,7 @@ _COSINE = 1e-2
 
 def alpha_fair(
   gram: jax.Array, active: jax.Array, alpha: float, scale: str = 'norm'
-) -> _from_gram.Solution:
+) -> _solution.Solution:
   r"""The weights of an alpha-fair share of the update.
 
   .. math:: (G a)_i = a_i^{-1 / \alpha}
@@ -74,7 +74,7 @@ def alpha_fair(
   weights = jnp.where(usable, b / lengths, 0)
   if scale == 'paper':
     weights = weights * root ** (-2 * alpha / (1 + alpha))
-  return _from_gram.Solution(weights, jax.lax.stop_gradient(residual))
+  return _solution.Solution(weights, jax.lax.stop_gradient(residual))
 
 
 def _target(b, lengths, s):

@@ -52,6 +52,7 @@ def weighted(
     as the weights are weights of losses.
 
   Raises:
+    TypeError: for a weighting that is none.
     ValueError: at `init` without `num_tasks`; at `update` without `losses`.
 
   Examples:

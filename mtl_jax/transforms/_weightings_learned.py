@@ -97,9 +97,11 @@ def uncertainty(
   """
   tx = _task_optimizer.make(learning_rate, optimizer)
   one = isinstance(likelihood, str)
+  if not one and (not isinstance(likelihood, Sequence) or not likelihood):
+    raise ValueError(
+      f'likelihood must be a name or one a task, got {likelihood!r}'
+    )
   names: tuple[Any, ...] = (likelihood,) if one else tuple(likelihood)
-  if not names:
-    raise ValueError(f'likelihood must not be empty, got {likelihood!r}')
   for name in names:
     _arguments.one_of('likelihood', name, tuple(_LIKELIHOODS))
   factors = tuple(_LIKELIHOODS[name] for name in names)

@@ -28,7 +28,7 @@ def _unit(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def cosmos(
-  lam: float = 1.0, *, preference: Sequence[float] | None = None
+  lambda_: float = 1.0, *, preference: Sequence[float] | None = None
 ) -> _loss_weighting.LossWeighting:
   r"""COSMOS: a weighted sum less the cosine between losses and preferences.
 
@@ -45,7 +45,7 @@ def cosmos(
   direction, and the weights are then :math:`r`.
 
   Args:
-    lam: :math:`\lambda`, finite and not negative.
+    lambda_: :math:`\lambda`, finite and not negative.
     preference: :math:`r` [T], non-negative and not all zero; None is 1 / T (of
       the active tasks).
 
@@ -67,7 +67,7 @@ def cosmos(
     Ruchte and Grabocka, `Scalable Pareto Front Approximation for Deep
     Multi-Objective Learning <https://arxiv.org/abs/2103.13392>`_, 2021, eq. 5
   """
-  _arguments.check_not_negative('lam', lam)
+  _arguments.check_not_negative('lambda_', lambda_)
   preference = _arguments.as_preference(preference)
 
   def update(losses, active):
@@ -76,7 +76,7 @@ def cosmos(
     along, length = _unit(jnp.where(active, losses, 0))
     turn = toward - jnp.sum(toward * along) * along
     slope = jnp.where(length == 0, 0, turn / jnp.where(length == 0, 1, length))
-    return preferred - lam * slope
+    return preferred - lambda_ * slope
 
   return _loss_weighting.stateless(update, ('preference', preference))
 

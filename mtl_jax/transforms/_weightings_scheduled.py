@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _loss_weighting
@@ -35,11 +36,6 @@ class FirstThenState(NamedTuple):
   count: jax.Array  # type: ignore[assignment]
   first: Any
   then: Any
-
-
-def _next(count: jax.Array) -> jax.Array:
-  """The count after one more update; it stays at the largest integer."""
-  return jnp.where(count < jnp.iinfo(count.dtype).max, count + 1, count)
 
 
 def _zero() -> jax.Array:
@@ -80,6 +76,10 @@ def scheduled_weights(
     [1. 1.]
   """
   if not callable(schedules):
+    if not isinstance(schedules, Sequence):
+      raise ValueError(
+        f'schedules must be a function or one a task, got {schedules!r}'
+      )
     schedules = tuple(schedules)
     constants = [s for s in schedules if not callable(s)]
     if not schedules or not all(0 <= s < math.inf for s in constants):
@@ -108,7 +108,7 @@ def scheduled_weights(
   def update(losses, state, active):
     del active
     weights = weights_at(state.count, losses.shape[0])
-    return weights, ScheduledWeightsState(_next(state.count))
+    return weights, ScheduledWeightsState(optax.safe_increment(state.count))
 
   return _loss_weighting.loss_weighting(init, update)
 
@@ -147,6 +147,9 @@ def first_then(
     [1.  0.5]
   """
   _arguments.check_count('steps', steps, least=0)
+  for name, weighting in (('first', first), ('then', then)):
+    if not isinstance(weighting, _loss_weighting.LossWeighting):
+      raise TypeError(f'{name} must be a LossWeighting, got {weighting!r}')
 
   def init(num_tasks):
     return FirstThenState(_zero(), first.init(num_tasks), then.init(num_tasks))
@@ -163,7 +166,7 @@ def first_then(
     early_weights, early_state = call(first, state.first)
     late_weights, late_state = call(then, state.then)
     moved = FirstThenState(
-      _next(state.count),
+      optax.safe_increment(state.count),
       choose(early_state, state.first),
       choose(state.then, late_state),
     )

@@ -14,6 +14,8 @@ import numpy as np
 import optax
 import pytest
 import quick_compile
+import weighting_references
+import weighting_rows
 
 import mtl_jax
 from mtl_jax import problems
@@ -146,19 +148,85 @@ def in_jax(method, flat):
   return np.asarray(state.params['shared']), heads
 
 
+def assert_same_way(found, right, flat):
+  """Relative to the way gone. Flat gradients are differences of float32
+  numbers, which leaves them three to four digits.
+  """
+  tolerance = 2e-3 if flat else 2e-4
+  for part, expected, begin in zip(found, right, start(), strict=True):
+    way = np.linalg.norm(expected - begin)
+    assert way > 0.01
+    assert np.linalg.norm(part - expected) <= tolerance * way
+
+
 @pytest.mark.parametrize('flat', [False, True], ids=['plain', 'flat'])
 @pytest.mark.parametrize('method', methods.ALL)
 def test_three_steps_of_training_are_those_of_training_in_numpy(method, flat):
-  shared, heads = in_jax(method, flat)
-  right_shared, right_heads = in_numpy(method, flat)
-  begin_shared, begin_heads = start()
-  # Relative to the way gone. Flat gradients are differences of float32 numbers,
-  # which leaves them three to four digits.
-  tolerance = 2e-3 if flat else 2e-4
-  for found, right, begin in (
-    (shared, right_shared, begin_shared),
-    (heads, right_heads, begin_heads),
-  ):
-    way = np.linalg.norm(right - begin)
-    assert way > 0.01
-    assert np.linalg.norm(found - right) <= tolerance * way
+  assert_same_way(in_jax(method, flat), in_numpy(method, flat), flat)
+
+
+class Drawn(weighting_references.Reference):
+  """Random weights, with the same draws."""
+
+  def __init__(self, row):
+    self.weighting = row.make(range(2))
+    self.state = self.weighting.init(2)
+
+  def update(self, losses):
+    weights, self.state = self.weighting.update(
+      jnp.asarray(losses, jnp.float32), self.state
+    )
+    return np.asarray(weights, np.float64)
+
+
+def weighted_in_numpy(row, flat):
+  shared, heads = start()
+  reference = row.reference(range(2)) if row.reference else Drawn(row)
+  unit = lambda g: (
+    g / np.sqrt((g**2).sum(axis=tuple(range(1, g.ndim)), keepdims=True))
+  )
+  for _ in range(STEPS):
+    losses, J, own = all_gradients(np.stack([shared, shared]), heads)
+    # The loss part and the flat part have states of their own, but the same
+    # losses and so the same weights.
+    w = reference.update(losses)
+    if flat:
+      _, J, own = all_gradients(shared + RHO * unit(J), heads + RHO * unit(own))
+    else:
+      own = w[:, None, None] * own
+    shared, heads = shared - RATE * w @ J, heads - RATE * own
+    reference.after_step(all_gradients(np.stack([shared, shared]), heads)[0])
+  return shared, heads
+
+
+def weighted_in_jax(row, flat):
+  inside = row.make(range(2))
+  weighting, tx, after_step = inside, optax.sgd(RATE), None
+  if flat:
+    aggregator = mtl_jax.weighted(inside, num_tasks=2)
+    tx = optax.chain(mtl_jax.flat_minima(aggregator, names(), rho=RHO), tx)
+    after_step = lambda losses, opt_state, active: mtl_jax.after_step(
+      inside, losses, opt_state, active
+    )
+    weighting = None
+  state = steps.init_state(
+    problem(), model(), tx, seed=0, batch=batch(), weighting=weighting
+  )
+  step = quick_compile.jit(
+    steps.make_train_step(
+      problem(), model(), tx, weighting=weighting, after_step=after_step
+    )
+  )
+  with jax.default_matmul_precision('highest'):
+    for _ in range(STEPS):
+      state, _ = step(state, batch())
+  heads = np.stack([state.params['heads'][task] for task in names()])
+  return np.asarray(state.params['shared']), heads
+
+
+@pytest.mark.parametrize('flat', [False, True], ids=['plain', 'flat'])
+@pytest.mark.parametrize('row', weighting_rows.ALL)
+def test_three_steps_with_a_loss_weighting_are_those_in_numpy(row, flat):
+  assert_same_way(
+    weighted_in_jax(row, flat), weighted_in_numpy(row, flat), flat
+  )

@@ -215,8 +215,6 @@ def test_state_of_absent_task_stays_to_the_bit(row):
   'row', [r for r in rows.ALL if r.values[0].independent]
 )
 def test_task_that_was_away_goes_on_where_it_stopped(row):
-  if row.name == 'scheduled_weights':
-    pytest.skip('its weights are a function of the time alone')
   losses = sequence(8, 2)
   active = np.ones((8, 2), bool)
   active[2:5, 1] = False

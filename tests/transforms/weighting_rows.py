@@ -317,8 +317,8 @@ ROWS = (
     ),
     factory=mtl_jax.cosmos,
     wrong=(
-      ('lam', -1.0),
-      ('lam', float('nan')),
+      ('lambda_', -1.0),
+      ('lambda_', float('nan')),
       *NEVER_PREFERENCES,
     ),
   ),
