@@ -1,0 +1,215 @@
+"""Time of each Gram-based method's solver beside a ResNet-18 step.
+
+  python benchmarks/solver_cost.py --out=results/benchmarks/solver_cost.json
+
+What is timed of a method is its whole update of gradients with 64 coordinates,
+which is its map from the Gram matrix to weights at its default iterations and
+hardly more, for T = 2, 10 and 40 tasks; methods take turns. Beside it stands a
+plain step (`linear`, T pull-backs, Adam) of ResNet-18 on 36x36 images with as
+many tasks. A T without a step of its own (`--step_tasks`) is compared with the
+largest one measured, which gives an upper bound. Nothing here is a test.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import mtl_jax
+from mtl_jax import models
+from mtl_jax import problems
+from mtl_jax.train import step as step_lib
+
+METHODS = {
+  'linear': mtl_jax.linear,
+  'mgda': mtl_jax.mgda,
+  'pcgrad': mtl_jax.pcgrad,
+  'gradvac': mtl_jax.gradvac,
+  'cagrad': functools.partial(mtl_jax.cagrad, c=0.4),
+  'imtl_g': mtl_jax.imtl_g,
+  'nash_mtl': mtl_jax.nash_mtl,
+  'fairgrad': functools.partial(mtl_jax.fairgrad, alpha=2.0),
+  'aligned_mtl': mtl_jax.aligned_mtl,
+  'upgrad': mtl_jax.upgrad,
+  'dualproj': mtl_jax.dualproj,
+  'con_fig': mtl_jax.con_fig,
+  'conicgrad': mtl_jax.conicgrad,
+  'sdmgrad': mtl_jax.sdmgrad,
+  'modo': mtl_jax.modo,
+  'cr_mogm': mtl_jax.cr_mogm,
+  'gradnorm': mtl_jax.gradnorm,
+  'krum': functools.partial(mtl_jax.krum, num_byzantine=0),
+  'random_weights': mtl_jax.random_weights,
+}
+SIZES = (2, 10, 40)
+DIMENSIONS = 64
+
+
+def compiled_solver(name, size):
+  """A method's update for gradients of few coordinates, with its arguments.
+
+  The Gram matrix of 64 coordinates costs microseconds; what is left is the
+  solver.
+  """
+  tx = METHODS[name](num_tasks=size)
+  rng = np.random.default_rng(size)
+  lengths = 10.0 ** rng.uniform(-1, 1, (size, 1))
+  stacks = [
+    jnp.asarray(lengths * rng.standard_normal((size, DIMENSIONS)), jnp.float32)
+    for _ in range(1 + tx.extra_batches)
+  ]
+  args = (stacks, tx.init(jnp.zeros(DIMENSIONS)), jnp.linspace(1, 2, size))
+
+  def update(stacks, state, losses):
+    return tx.update(
+      stacks[0], state, losses=losses, extra_grads=tuple(stacks[1:])
+    )
+
+  start = time.perf_counter()
+  compiled = jax.jit(update).lower(*args).compile()
+  return compiled, args, time.perf_counter() - start
+
+
+def many_tasks(problem, size):
+  """A problem of `size` tasks that share the labels of the problem's own."""
+  first = problem.tasks[0]
+  names = [f'task_{i}' for i in range(size)]
+  tasks = tuple(dataclasses.replace(first, name=name) for name in names)
+  return dataclasses.replace(problem, tasks=tasks)
+
+
+def compiled_step(size, batch_size):
+  """A plain ResNet-18 step of `size` tasks, with its arguments."""
+  base = problems.by_name('multi_mnist')
+  problem = many_tasks(base, size)
+  model = models.make_model(models.by_name('resnet18'), problem.tasks)
+  rng = np.random.default_rng(0)
+  batch = {
+    'image': jnp.asarray(
+      rng.integers(0, 256, (batch_size, *base.image_shape)), jnp.uint8
+    ),
+    'labels': {
+      task: jnp.asarray(rng.integers(0, 10, batch_size), jnp.int32)
+      for task in problem.task_names
+    },
+    'mask': {task: jnp.ones(batch_size) for task in problem.task_names},
+  }
+  tx = optax.chain(
+    mtl_jax.shared_only(mtl_jax.linear(), problem.task_names),
+    optax.adam(1e-3),
+  )
+  step = step_lib.make_train_step(problem, model, tx)
+  state = step_lib.init_state(problem, model, tx, seed=0, batch=batch)
+  compiled = jax.jit(step).lower(state, batch).compile()
+  return compiled, (state, batch)
+
+
+def timed(compiled, args):
+  start = time.perf_counter()
+  jax.block_until_ready(compiled(*args))
+  return time.perf_counter() - start
+
+
+def quartiles(times):
+  return [round(float(x) * 1e3, 4) for x in np.percentile(times, (25, 50, 75))]
+
+
+def measure_solvers(size, repeats):
+  """{method: {'ms': quartiles, 'compile_s': seconds}}; methods take turns."""
+  solvers = {name: compiled_solver(name, size) for name in METHODS}
+  times = {name: [] for name in solvers}
+  for turn in range(repeats + 3):
+    for name, (compiled, args, _) in solvers.items():
+      seconds = timed(compiled, args)
+      if turn >= 3:
+        times[name].append(seconds)
+  return {
+    name: {
+      'ms_quartiles': quartiles(times[name]),
+      'compile_s': round(solvers[name][2], 2),
+    }
+    for name in solvers
+  }
+
+
+def measure_step(size, batch_size, repeats):
+  compiled, args = compiled_step(size, batch_size)
+  times = [timed(compiled, args) for _ in range(repeats + 1)][1:]
+  return quartiles(times)
+
+
+def markdown(result):
+  lines = [
+    '| method | '
+    + ' | '.join(f'T = {s}, ms | % of a step' for s in SIZES)
+    + ' |',
+    '|---|' + '---|---|' * len(SIZES),
+  ]
+  for name in METHODS:
+    cells = []
+    for size in SIZES:
+      row = result['solvers'][str(size)][name]
+      mark = '' if row['beside_tasks'] == size else '< '
+      cells += [
+        f'{row["ms_quartiles"][1]:.2f}',
+        f'{mark}{row["share_percent"]:.2g}',
+      ]
+    lines.append(f'| `{name}` | ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--out', type=pathlib.Path, required=True)
+  parser.add_argument('--batch', type=int, default=256)
+  parser.add_argument('--repeats', type=int, default=30)
+  parser.add_argument('--step_repeats', type=int, default=3)
+  parser.add_argument('--step_tasks', default='2,10')
+  args = parser.parse_args()
+
+  result = {
+    'what': 'solver of each method, beside a plain ResNet-18 step, 36x36',
+    'batch': args.batch,
+    'device': jax.devices()[0].device_kind,
+    'machine': f'{platform.machine()}, {jax.device_count()} device',
+    'versions': {
+      name: importlib.metadata.version(name)
+      for name in ('jax', 'jaxlib', 'flax', 'optax')
+    },
+    'date': datetime.date.today().isoformat(),
+    'repeats': args.repeats,
+    'step_repeats': args.step_repeats,
+  }
+  result['solvers'] = {
+    str(size): measure_solvers(size, args.repeats) for size in SIZES
+  }
+  with jax.default_matmul_precision('highest'):
+    result['step_ms_quartiles'] = {
+      str(size): measure_step(size, args.batch, args.step_repeats)
+      for size in map(int, args.step_tasks.split(','))
+    }
+  steps = {int(k): v[1] for k, v in result['step_ms_quartiles'].items()}
+  for size in SIZES:
+    # A step of more tasks than measured takes longer than the longest one.
+    beside = size if size in steps else max(steps)
+    for row in result['solvers'][str(size)].values():
+      share = 100 * row['ms_quartiles'][1] / steps[beside]
+      row['beside_tasks'] = beside
+      row['share_percent'] = float(f'{share:.3g}')
+  args.out.parent.mkdir(parents=True, exist_ok=True)
+  args.out.write_text(json.dumps(result, indent=2) + '\n')
+  print(markdown(result))
+
+
+if __name__ == '__main__':
+  main()
