@@ -26,6 +26,11 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     * `'mean_cosine'`: cosine of the update with the mean gradient;
     * `'residual'`: relative residual of the solver, if there is one.
 
+    From a bilevel weighting's state `'task_weights'`, `'residual'` and what it
+    learns from: `'hypergradient'` (`auto_lambda`), `'objective_weights'`
+    (`moml`), `'valid_weights'` and `'train_weights'` (`forum`). From
+    `skip_nonfinite` `'skipped'`, the number of updates left out.
+
     `flat_minima` shows these twice, as `'loss/...'` and `'flat/...'`. Empty if
     nothing is there. Where several aggregators stand in one state, their names
     are preceded by the path in the state.
