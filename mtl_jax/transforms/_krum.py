@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 
+import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
@@ -62,9 +63,10 @@ def krum(
   """
   _arguments.check_count('num_byzantine', num_byzantine, 0)
   _arguments.check_count('num_selected', num_selected)
-  fewest = max(2 * num_byzantine + 3, num_selected)
   # Where nobody is to be outvoted a mean is as good.
-  refused = fewest if num_byzantine else num_selected
+  refused = num_selected
+  if num_byzantine:
+    refused = max(2 * num_byzantine + 3, num_selected)
 
   def check(size):
     if 1 <= size < refused:
@@ -78,20 +80,8 @@ def krum(
 
   def weights_fn(gram, *, losses, active):
     del losses
-    size = gram.shape[0]
-    check(size)
-    count = jnp.sum(active)
-    squares = jnp.diagonal(gram)
-    distances = squares[:, None] + squares[None, :] - 2 * gram
-    # An absent task and the task itself are nobody's neighbour.
-    other = active[None, :] & ~jnp.eye(size, dtype=bool)
-    closest = jnp.sort(jnp.where(other, distances, jnp.inf), axis=1)
-    near = jnp.arange(size) < count - num_byzantine - 2
-    scores = jnp.sum(jnp.where(near[None, :], closest, 0), axis=1)
-    order = jnp.argsort(jnp.where(active, scores, jnp.inf), stable=True)
-    selected = jnp.zeros(size, bool).at[order[:num_selected]].set(True)
-    selected = jnp.where(count >= fewest, selected, active)
-    return selected / jnp.maximum(jnp.sum(selected), 1).astype(gram.dtype)
+    check(gram.shape[0])
+    return _weights(gram, active, num_byzantine, num_selected)
 
   return _from_gram.from_gram(
     weights_fn,
@@ -100,3 +90,22 @@ def krum(
     reduce=reduce,
     shard_axis=shard_axis,
   )
+
+
+def _weights(
+  gram: jax.Array, active: jax.Array, num_byzantine: int, num_selected: int
+) -> jax.Array:
+  """The weights [T]; those of the mean for too few active tasks."""
+  size, count = gram.shape[0], jnp.sum(active)
+  squares = jnp.diagonal(gram)
+  distances = squares[:, None] + squares[None, :] - 2 * gram
+  # An absent task and the task itself are nobody's neighbour.
+  other = active[None, :] & ~jnp.eye(size, dtype=bool)
+  closest = jnp.sort(jnp.where(other, distances, jnp.inf), axis=1)
+  near = jnp.arange(size) < count - num_byzantine - 2
+  scores = jnp.sum(jnp.where(near[None, :], closest, 0), axis=1)
+  order = jnp.argsort(jnp.where(active, scores, jnp.inf), stable=True)
+  selected = jnp.zeros(size, bool).at[order[:num_selected]].set(True)
+  enough = count >= max(2 * num_byzantine + 3, num_selected)
+  selected = jnp.where(enough, selected, active)
+  return selected / jnp.maximum(jnp.sum(selected), 1).astype(gram.dtype)

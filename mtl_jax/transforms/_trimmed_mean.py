@@ -69,24 +69,8 @@ def trimmed_mean(
     check(num_tasks)
 
   def combine(given: _lift.Given) -> _lift.Combined:
-    size = given.active.shape[0]
-    check(size)
-    count = jnp.sum(given.active)
-    cut = jnp.where(count > 2 * trim, trim, 0)
-    rank = jnp.arange(size)
-    kept = (rank >= cut) & (rank < count - cut)
-
-    def of_leaf(leaf):
-      wide = leaf.astype(_inner.wide(leaf.dtype))
-      active = _inner.row(given.active, leaf)
-      # Absent tasks come last, after all that is finite.
-      ordered = jnp.sort(jnp.where(active, wide, jnp.inf), axis=0)
-      total = jnp.sum(jnp.where(_inner.row(kept, leaf), ordered, 0), axis=0)
-      mean = total / jnp.maximum(count - 2 * cut, 1)
-      finite = jnp.all(jnp.isfinite(wide) | ~active, axis=0)
-      return jnp.where(finite, mean, jnp.nan).astype(leaf.dtype)
-
-    return _lift.Combined(jax.tree.map(of_leaf, given.task_grads))
+    check(given.active.shape[0])
+    return _combine(given, trim)
 
   return _lift.lift(
     combine,
@@ -94,3 +78,23 @@ def trimmed_mean(
     axes=_aggregator.Axes(axis_name, reduce, shard_axis),
     weights='none',
   )
+
+
+def _combine(given: _lift.Given, trim: int) -> _lift.Combined:
+  """The update; the mean for too few active tasks."""
+  size, count = given.active.shape[0], jnp.sum(given.active)
+  cut = jnp.where(count > 2 * trim, trim, 0)
+  rank = jnp.arange(size)
+  kept = (rank >= cut) & (rank < count - cut)
+
+  def of_leaf(leaf):
+    wide = leaf.astype(_inner.wide(leaf.dtype))
+    active = _inner.row(given.active, leaf)
+    # Absent tasks come last, after all that is finite.
+    ordered = jnp.sort(jnp.where(active, wide, jnp.inf), axis=0)
+    total = jnp.sum(jnp.where(_inner.row(kept, leaf), ordered, 0), axis=0)
+    mean = total / jnp.maximum(count - 2 * cut, 1)
+    finite = jnp.all(jnp.isfinite(wide) | ~active, axis=0)
+    return jnp.where(finite, mean, jnp.nan).astype(leaf.dtype)
+
+  return _lift.Combined(jax.tree.map(of_leaf, given.task_grads))

@@ -7,19 +7,38 @@ import numpy as np
 import references_geometry as references
 
 import mtl_jax
+from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms import _krum as _krum_file
+from mtl_jax.transforms import _lift
+from mtl_jax.transforms import _trimmed_mean as _trimmed_mean_file
 
 
-def _any_size(factory):
-  """The same for any number of tasks, as for tasks that may be absent.
+def _krum(num_byzantine=1, num_selected=1, *, num_tasks=None, **axes):
+  """Krum for any number of tasks, as for tasks that may be absent.
 
   The factory itself refuses a number that is always too small.
   """
+  if num_tasks is None or num_tasks < 1:
+    mtl_jax.krum(num_byzantine, num_selected, num_tasks=num_tasks, **axes)
+  return mtl_jax.from_gram(
+    lambda gram, *, losses, active: _krum_file._weights(
+      gram, active, num_byzantine, num_selected
+    ),
+    num_tasks=num_tasks,
+    **axes,
+  )
 
-  def make(*args, num_tasks=None, **options):
-    tx = factory(*args, **options)
-    return tx if num_tasks is None else tx.for_tasks(num_tasks)
 
-  return make
+def _trimmed_mean(trim=1, *, num_tasks=None, **axes):
+  """The same of the trimmed mean."""
+  if num_tasks is None or num_tasks < 1:
+    mtl_jax.trimmed_mean(trim, num_tasks=num_tasks, **axes)
+  return _lift.lift(
+    lambda given: _trimmed_mean_file._combine(given, trim),
+    num_tasks=num_tasks,
+    axes=_aggregator.Axes(**axes),
+    weights='none',
+  )
 
 
 def _first_draw(draws):
@@ -192,7 +211,7 @@ METHODS = (
   ),
   Method(
     name='krum',
-    factory=_any_size(mtl_jax.krum),
+    factory=_krum,
     arguments={'num_byzantine': 0, 'num_selected': 2},
     reference=references.krum(0, 2),
     # The mean, for two are too few; TorchJD's matrix is in test_geometry.
@@ -206,14 +225,14 @@ METHODS = (
   ),
   Method(
     name='krum_1',
-    factory=_any_size(mtl_jax.krum),
+    factory=_krum,
     arguments={'num_byzantine': 1},
     reference=references.krum(1, 1),
     golden=(1.0, 1.0, 1.0),
   ),
   Method(
     name='trimmed_mean',
-    factory=_any_size(mtl_jax.trimmed_mean),
+    factory=_trimmed_mean,
     arguments={'trim': 1},
     reference=references.trimmed_mean(1),
     weights='none',

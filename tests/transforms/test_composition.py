@@ -1,5 +1,8 @@
 """Aggregators around aggregators, and independent batches."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import methods
@@ -7,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 import quadratics
+import quick_compile
+import references
 
 import mtl_jax
 
@@ -16,21 +21,20 @@ OTHER = jnp.asarray(methods.matrix(3, 5, seed=4))
 
 def _updates(tx, stacks, actives=None):
   """The updates of a row of stacks, and the last state."""
+  update = quick_compile.jit(tx.update)
   state, found = tx.init(stacks[0][0]), []
   for i, stack in enumerate(stacks):
     active = None if actives is None else jnp.asarray(actives[i])
-    updates, state = jax.jit(tx.update)(stack, state, active=active)
+    updates, state = update(stack, state, active=active)
     found.append(np.asarray(updates))
   return found, state
 
 
 def test_every_keeps_the_weights_of_the_last_time_they_were_computed():
+  mgda = mtl_jax.mgda(num_tasks=3)
+  update = quick_compile.jit(mgda.update)
   weights = [
-    np.asarray(
-      mtl_jax.mgda(num_tasks=3)
-      .update(stack, mtl_jax.mgda(num_tasks=3).init(J[0]))[1]
-      .task_weights
-    )
+    np.asarray(update(stack, mgda.init(J[0]))[1].task_weights)
     for stack in (J, OTHER)
   ]
   tx = mtl_jax.every(2, mtl_jax.mgda(), num_tasks=3)
@@ -72,8 +76,116 @@ def test_every_refuses_what_is_no_weighted_sum_of_task_gradients(method):
 
 
 def test_every_refuses_a_period_below_one():
-  with pytest.raises(ValueError, match='k must be at least 1, got 0'):
+  message = 'k must be a whole number of at least 1, got 0'
+  with pytest.raises(ValueError, match=message):
     mtl_jax.every(0, mtl_jax.mgda())
+
+
+# Losses with the geometric means 2, 2 and 3 of two tasks, and what `gls` makes
+# of them: a mean over 2 L_i.
+GLS = [
+  ((1.0, 4.0), (1.0, 0.25)),
+  ((4.0, 1.0), (0.25, 1.0)),
+  ((9.0, 1.0), (1 / 6, 1.5)),
+]
+
+
+def _weights_of_gls(tx):
+  """The weights of updates with the losses of `GLS`, from the updates."""
+  update = quick_compile.jit(tx.update)
+  state, found = tx.init(jnp.zeros(2)), []
+  for losses, _ in GLS:
+    # Orthogonal gradients of length 1: the update is the weights.
+    updates, state = update(jnp.eye(2), state, losses=jnp.array(losses))
+    np.testing.assert_allclose(state.task_weights, updates, rtol=1e-6)
+    found.append(np.asarray(updates))
+  return found
+
+
+def test_every_keeps_the_weights_of_a_weighting_though_losses_change():
+  tx = mtl_jax.every(2, mtl_jax.weighted(mtl_jax.gls()), num_tasks=2)
+  first, _, third = (weights for _, weights in GLS)
+  np.testing.assert_allclose(
+    _weights_of_gls(tx), [first, first, third], rtol=1e-6
+  )
+
+
+def test_cr_mogm_averages_the_weights_of_a_weighting():
+  tx = mtl_jax.cr_mogm(mtl_jax.weighted(mtl_jax.gls()), decay=0.5, num_tasks=2)
+  first, second, third = (np.array(weights) for _, weights in GLS)
+  expected = [first, (first + second) / 2, (first + second + 2 * third) / 4]
+  np.testing.assert_allclose(_weights_of_gls(tx), expected, rtol=1e-6)
+
+
+def test_every_in_flat_minima_keeps_the_weights_of_both_parts():
+  before = quadratics.Quadratics.random()
+  after = dataclasses.replace(
+    before, shared=-before.shared, heads=0.5 * before.heads
+  )
+  radii = {'rho': 0.3, 'rho_heads': 0.6}
+  tx = mtl_jax.flat_minima(
+    mtl_jax.every(2, mtl_jax.mgda()), before.names, **radii
+  )
+  # A problem differs from the other by its parameters alone.
+  update = quick_compile.jit(
+    functools.partial(tx.update, grad_fn=before.grad_fn)
+  )
+
+  def parts(problem):
+    """Loss and flat gradients of the shared parameters, [T, 6] each."""
+    loss, sam = (
+      problem.gradient(problem.perturbed(**by))[:, : quadratics.SHARED]
+      for by in ({'rho': 0, 'rho_heads': 0}, radii)
+    )
+    return loss, sam - loss
+
+  state = tx.init(before.params)
+  steps = ((before, before), (before, after), (after, after))
+  for weighed, problem in steps:
+    updates, state = update(problem.task_grads, state, problem.params)
+    weights = [references.least_norm_weights(part) for part in parts(weighed)]
+    for part, expected in zip((state.loss, state.flat), weights, strict=True):
+      np.testing.assert_allclose(part.task_weights, expected, atol=1e-3)
+    shared, _ = quadratics.vectors(updates)
+    expected = sum(
+      w @ part for w, part in zip(weights, parts(problem), strict=True)
+    )
+    np.testing.assert_allclose(
+      shared, expected, atol=1e-3 * np.linalg.norm(expected)
+    )
+
+
+def test_every_for_other_tasks_than_its_wrapper_names_is_refused():
+  with pytest.raises(ValueError, match='num_tasks is 3, but there are 2'):
+    mtl_jax.shared_only(
+      mtl_jax.every(2, mtl_jax.mgda(), num_tasks=3), ('a', 'b')
+    )
+
+
+@pytest.mark.parametrize(
+  ('method', 'fewest', 'message'),
+  [
+    (mtl_jax.krum(2), 7, r'num_tasks must be at least 7 .*, got \d'),
+    (
+      mtl_jax.trimmed_mean(2),
+      5,
+      r'num_tasks must be more than twice trim=2, got \d',
+    ),
+  ],
+  ids=['krum', 'trimmed_mean'],
+)
+def test_too_few_tasks_are_refused_when_only_the_wrapper_knows_them(
+  method, fewest, message
+):
+  def run(size):
+    tx = mtl_jax.shared_only(method, tuple('abcdefg'[:size]))
+    J = jnp.ones((size, 2))
+    return tx.update(J, tx.init(J[0]), J[0])[0]
+
+  for size in (3, fewest - 1):
+    with pytest.raises(ValueError, match=message):
+      run(size)
+  np.testing.assert_allclose(run(fewest), jnp.ones(2))
 
 
 TREE = {'a': {'w': J[:, :2]}, 'b': (J[:, 2:4], J[:, 4])}
@@ -83,13 +195,14 @@ PARAMS = jax.tree.map(lambda x: x[0], TREE)
 def test_each_group_is_aggregated_by_itself():
   labels = {'a': 'bottom', 'b': ('top', 'bottom')}
   tx = mtl_jax.per_group(mtl_jax.mgda(num_tasks=3), labels)
-  updates, state = tx.update(TREE, tx.init(PARAMS), PARAMS)
+  updates, state = quick_compile.jit(tx.update)(TREE, tx.init(PARAMS), PARAMS)
   alone = mtl_jax.mgda(num_tasks=3)
+  update = quick_compile.jit(alone.update)
   bottom = jnp.concatenate([J[:, :2], J[:, 4:]], axis=1)
-  expected, _ = alone.update(bottom, alone.init(bottom[0]))
+  expected, _ = update(bottom, alone.init(bottom[0]))
   found = np.append(updates['a']['w'], updates['b'][1])
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-  expected, _ = alone.update(J[:, 2:4], alone.init(J[0, 2:4]))
+  expected, _ = update(J[:, 2:4], alone.init(J[0, 2:4]))
   np.testing.assert_allclose(updates['b'][0], expected, rtol=1e-5, atol=1e-6)
   shown = mtl_jax.diagnostics(state)
   assert {'bottom/gram', 'top/gram', 'top/task_weights'} <= set(shown)
@@ -110,10 +223,11 @@ def test_groups_compose_with_heads_and_flat_minima(labels):
     plain = mtl_jax.shared_only(grouped, problem.names)
     flat = mtl_jax.flat_minima(grouped, problem.names, rho=0.0)
     args = problem.task_grads, problem.params
-    expected, _ = plain.update(args[0], plain.init(args[1]), args[1])
-    found, _ = flat.update(
-      args[0], flat.init(args[1]), args[1], grad_fn=problem.grad_fn
+    expected, _ = quick_compile.jit(plain.update)(
+      args[0], plain.init(args[1]), args[1]
     )
+    update = functools.partial(flat.update, grad_fn=problem.grad_fn)
+    found, _ = quick_compile.jit(update)(args[0], flat.init(args[1]), args[1])
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
       found,
@@ -138,29 +252,29 @@ def test_a_group_without_a_name_is_refused():
 
 
 @pytest.mark.parametrize('method', methods.ALL)
-@pytest.mark.parametrize('bad', [np.nan, np.inf])
-def test_a_non_finite_gradient_makes_a_step_that_is_skipped_and_counted(
-  method, bad
-):
+def test_a_non_finite_gradient_makes_a_step_that_is_skipped_and_counted(method):
   aggregator = method.make_alone(range(3), num_tasks=3)
   tx = mtl_jax.skip_nonfinite(optax.chain(aggregator, optax.trace(0.9)))
+  update = quick_compile.jit(tx.update)
   losses = jnp.asarray(methods.LOSSES[:3], jnp.float32)
-  state = tx.init(J[0])
-  for i, stack in enumerate((J, J.at[1, 2].set(bad), OTHER)):
-    before = state
-    updates, state = tx.update(stack, state, losses=losses)
-    if i == 1:
-      np.testing.assert_array_equal(updates, 0)
-      same = jax.tree.map(
-        lambda a, b: bool(jnp.array_equal(a, b)), state.inner, before.inner
-      )
-      assert all(jax.tree.leaves(same))
-      assert int(state.skipped) == int(state.consecutive) == 1
-    else:
-      assert np.all(np.isfinite(updates))
-      assert int(state.skipped) == (0 if i == 0 else 1)
-      assert int(state.consecutive) == 0
-  assert int(mtl_jax.diagnostics(state)['skipped']) == 1
+  # Both here, for they share the program and another process may not.
+  for bad in (np.nan, np.inf):
+    state = tx.init(J[0])
+    for i, stack in enumerate((J, J.at[1, 2].set(bad), OTHER)):
+      before = state
+      updates, state = update(stack, state, losses=losses)
+      if i == 1:
+        np.testing.assert_array_equal(updates, 0, err_msg=f'with {bad}')
+        same = jax.tree.map(
+          lambda a, b: bool(jnp.array_equal(a, b)), state.inner, before.inner
+        )
+        assert all(jax.tree.leaves(same)), bad
+        assert int(state.skipped) == int(state.consecutive) == 1, bad
+      else:
+        assert np.all(np.isfinite(updates)), bad
+        assert int(state.skipped) == (0 if i == 0 else 1), bad
+        assert int(state.consecutive) == 0, bad
+    assert int(mtl_jax.diagnostics(state)['skipped']) == 1, bad
 
 
 def test_after_too_many_in_a_row_the_failure_is_let_through():
@@ -213,13 +327,16 @@ def test_flat_minima_takes_flat_gradients_of_all_batches(name):
   tx = mtl_jax.flat_minima(
     method.make(range(3)), main.names, rho=0.3, rho_heads=0.3
   )
-  updates, _ = tx.update(
+  update = functools.partial(
+    tx.update,
+    grad_fn=main.grad_fn,
+    extra_grad_fn=lambda own: tuple(b.grad_fn(own) for b in batches[1:]),
+  )
+  updates, _ = quick_compile.jit(update)(
     main.task_grads,
     tx.init(main.params),
     main.params,
-    grad_fn=main.grad_fn,
     extra_grads=tuple(b.task_grads for b in batches[1:]),
-    extra_grad_fn=lambda own: tuple(b.grad_fn(own) for b in batches[1:]),
     losses=quadratics.losses(),
   )
   x = np.concatenate([np.tile(main.shared, (3, 1)), main.heads], axis=1)

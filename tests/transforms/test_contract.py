@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import quick_compile
 
 import mtl_jax
 
@@ -173,7 +174,7 @@ def test_mean_cosine_is_that_of_the_update_with_the_mean_gradient(method, size):
 @pytest.mark.parametrize('method', methods.ALL)
 def test_state_can_be_donated_again_and_again(method):
   tx = method.make_golden()
-  step = jax.jit(
+  step = quick_compile.jit(
     lambda g, state, losses: tx.update(
       g, state, losses=losses, **method.extras(g)
     ),
@@ -199,7 +200,7 @@ def test_one_typed_key_can_seed_two_states_that_are_both_donated(method):
   pair = [method.make(range(2), num_tasks=2, seed=key) for _ in range(2)]
   states = [tx.init(jnp.zeros(3)) for tx in pair]
   J = jnp.asarray(methods.GOLDEN_MATRIX, jnp.float32)
-  step = jax.jit(
+  step = quick_compile.jit(
     lambda states: [
       tx.update(J, s, losses=jnp.ones(2), **method.extras(J))
       for tx, s in zip(pair, states, strict=True)
@@ -239,17 +240,24 @@ def test_chain_applies_the_rest_to_the_aggregated_update(method):
   J = jnp.asarray(methods.GOLDEN_MATRIX, jnp.float32)
   losses = jnp.asarray(methods.GOLDEN_LOSSES, jnp.float32)
   params = jnp.ones(3)
-  state = tx.init(params)
-  inner_state, expected_state = aggregator.init(params), rest.init(params)
+
+  @quick_compile.jit
+  def both(J, state, inner_state, rest_state):
+    known = {'losses': losses, **method.extras(J)}
+    aggregated, inner_state = aggregator.update(J, inner_state, params, **known)
+    return (
+      tx.update(J, state, params, **known),
+      inner_state,
+      rest.update(aggregated, rest_state, params),
+    )
+
+  state, inner_state, rest_state = (
+    part.init(params) for part in (tx, aggregator, rest)
+  )
   for factor in (1.0, -0.5):
-    extras = method.extras(factor * J)
-    updates, state = tx.update(
-      factor * J, state, params, losses=losses, **extras
+    (updates, state), inner_state, (expected, rest_state) = both(
+      factor * J, state, inner_state, rest_state
     )
-    aggregated, inner_state = aggregator.update(
-      factor * J, inner_state, params, losses=losses, **extras
-    )
-    expected, expected_state = rest.update(aggregated, expected_state, params)
     np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-5)
 
 

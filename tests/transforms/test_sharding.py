@@ -9,6 +9,7 @@ import methods
 import numpy as np
 import pytest
 import quadratics
+import quick_compile
 
 import mtl_jax
 
@@ -18,12 +19,9 @@ NAMES = ('shape', 'colour', 'absent', 'depth')
 INPUTS = HIDDEN = 8
 
 # All methods go into one program a place, for compiling it is what these tests
-# cost. What LLVM's optimisations find changes no number beyond rounding.
+# cost.
 NEEDING_LOSSES = [m for m in methods.METHODS if m.needs_losses][:1]
 METHODS = {m.name: m for m in (*quadratics.FACTORIES, *NEEDING_LOSSES)}
-jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
 
 
 def flat(method, **options):
@@ -124,19 +122,21 @@ def mesh(names=('batch',), shape=(DEVICES,)):
 
 
 def on_one_device():
-  return jit(step)(PARAMS, BATCH)
+  return quick_compile.jit(step)(PARAMS, BATCH)
 
 
 def with_plain_jit():
   put = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh(), spec))
-  return jit(step)(put(PARAMS, P()), put(BATCH, P('batch')))
+  return quick_compile.jit(step)(put(PARAMS, P()), put(BATCH, P('batch')))
 
 
 def with_sharded_parameters():
   """Parameters and batch along one axis, as in FSDP, and nothing else told."""
   put = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh(), spec))
   last = lambda x: put(x, P(*[None] * (x.ndim - 1), 'batch'))
-  return jit(step)(jax.tree.map(last, PARAMS), put(BATCH, P('batch')))
+  return quick_compile.jit(step)(
+    jax.tree.map(last, PARAMS), put(BATCH, P('batch'))
+  )
 
 
 def with_shard_map(*, check_vma, reduce):
@@ -153,7 +153,7 @@ def with_shard_map(*, check_vma, reduce):
     out_specs=P(),
     check_vma=check_vma,
   )
-  return jit(mapped)(PARAMS, BATCH)
+  return quick_compile.jit(mapped)(PARAMS, BATCH)
 
 
 def with_pmap():
