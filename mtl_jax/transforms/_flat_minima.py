@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mtl_jax.transforms import _aggregator
@@ -16,6 +15,7 @@ from mtl_jax.transforms import _diagnostics
 from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _labels
 from mtl_jax.transforms import _lift
+from mtl_jax.transforms import _perturbation
 from mtl_jax.transforms import _shared_only
 
 _COMBINATIONS = ('separate', 'direct', 'second', 'each')
@@ -45,50 +45,6 @@ class FlatMinimaState(NamedTuple):
       for part, state in parts.items()
       for name, value in _diagnostics.diagnostics(state).items()
     }
-
-
-def _schedule(name: str, rho: Any) -> Callable[[jax.Array], Any]:
-  if callable(rho):
-    return rho
-  if isinstance(rho, jax.Array):  # It may be traced: its value is not known.
-    return lambda count: rho
-  if not isinstance(rho, int | float | np.number):
-    raise TypeError(f'{name} must be a number or a schedule, got {rho!r}')
-  _arguments.check_not_negative(name, float(rho))
-  return lambda count: rho
-
-
-def _widen(leaf: jax.Array) -> jax.Array:
-  """The leaf in the dtype of norms: small numbers squared stay numbers."""
-  return leaf.astype(_inner.wide(leaf.dtype))
-
-
-def _squares(leaf: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
-  leaf = _widen(leaf)
-  return jnp.sum(leaf * leaf, axis=axes)
-
-
-class _Norms(NamedTuple):
-  """Squared norms [T] of each task's gradient, by part."""
-
-  shared: jax.Array
-  heads: jax.Array
-
-
-def _squared_norms(
-  partition: _labels.Partition, leaves: Sequence[Any], axes: _aggregator.Axes
-) -> _Norms:
-  size = len(partition.task_names)
-  shared = jnp.zeros(size)
-  heads = [jnp.zeros(())] * size
-  for leaf, label, owner in zip(
-    leaves, partition.labels, partition.owners, strict=True
-  ):
-    if label == _labels.SHARED:
-      shared = shared + _squares(leaf, tuple(range(1, leaf.ndim)))
-    elif owner is not None:
-      heads[owner] = heads[owner] + _squares(leaf, None)
-  return _Norms(axes.sum_shards(shared), axes.sum_shards(jnp.stack(heads)))
 
 
 def flat_minima(
@@ -203,72 +159,10 @@ def flat_minima(
     raise ValueError(f'eps must be positive, got {eps}')
   if combiner is not None and combine not in ('second', 'each'):
     raise ValueError(f'combiner has no use with combine={combine!r}')
-  radius = _schedule('rho', rho)
-  radius_heads = (
-    radius if rho_heads is None else _schedule('rho_heads', rho_heads)
-  )
+  radius = radius_heads = _perturbation.schedule('rho', rho)
+  if rho_heads is not None:
+    radius_heads = _perturbation.schedule('rho_heads', rho_heads)
   two_states = combine in ('separate', 'second')
-
-  def perturbed(partition, grads, params, count):
-    """Task parameters: each task at its own worst point of the ball."""
-    # A task axis to meet that of the gradients: ranks are never promoted here.
-    params = [
-      p[None] if label == _labels.SHARED else p
-      for p, label in zip(params, partition.labels, strict=True)
-    ]
-    scaled = grads
-    if adaptive:
-      scaled = [
-        g if label == _labels.FROZEN else jnp.abs(_widen(p)) * _widen(g)
-        for g, p, label in zip(grads, params, partition.labels, strict=True)
-      ]
-    squares = _squared_norms(partition, scaled, axes)
-    if norm == 'joint':
-      both = squares.shared + squares.heads
-      squares = _Norms(both, both)
-    # A zero gradient has no direction; eps leaves its task where it is.
-    of_shared = radius(count) / (jnp.sqrt(squares.shared) + eps)
-    of_heads = radius_heads(count) / (jnp.sqrt(squares.heads) + eps)
-    moved = []
-    for g, p, label, owner in zip(
-      grads, params, partition.labels, partition.owners, strict=True
-    ):
-      if label == _labels.FROZEN:
-        moved.append(p)
-        continue
-      scale = (
-        _inner.row(of_shared, g) if label == _labels.SHARED else of_heads[owner]
-      )
-      stretch = _widen(p) * _widen(p) if adaptive else 1
-      step = scale * stretch * _widen(g)
-      moved.append((_widen(p) + step).astype(p.dtype))
-    return partition.tree(moved)
-
-  def flat_part(partition, loss_grads, sam_grads):
-    """Flat gradients; those that are only rounding count as zero."""
-    difference = [
-      s - g if label == _labels.SHARED else g
-      for s, g, label in zip(
-        sam_grads, loss_grads, partition.labels, strict=True
-      )
-    ]
-    resolution = max(
-      (
-        float(jnp.finfo(g.dtype).eps)
-        for g, label in zip(loss_grads, partition.labels, strict=True)
-        if label == _labels.SHARED
-      ),
-      default=0.0,
-    )
-    flat = _squared_norms(partition, difference, axes).shared
-    loss = _squared_norms(partition, loss_grads, axes).shared
-    seen = flat > resolution**2 * loss
-    # A non-finite gradient is not rounding: it has to reach the update.
-    seen = seen | ~jnp.isfinite(flat)
-    return [
-      jnp.where(_inner.row(seen, h), h, 0) if label == _labels.SHARED else h
-      for h, label in zip(difference, partition.labels, strict=True)
-    ]
 
   def add(first, second):
     """`combiner` of two trees; their sum by default."""
@@ -342,7 +236,17 @@ def flat_minima(
       ]
 
     loss_grads = read(task_grads)
-    task_params = perturbed(partition, loss_grads, param_leaves, state.count)
+    task_params = _perturbation.perturbed(
+      partition,
+      loss_grads,
+      param_leaves,
+      rho=radius(state.count),
+      rho_heads=radius_heads(state.count),
+      adaptive=adaptive,
+      norm=norm,
+      eps=eps,
+      axes=axes,
+    )
     sam_grads = read(axes.average(grad_fn(axes.replicate(task_params))))
     # Stacks of the batch itself first, of further batches after it.
     loss_stacks = [loss_grads, *map(read, extra_grads)]
@@ -372,7 +276,7 @@ def flat_minima(
     else:
       loss = [partition.shared(leaves) for leaves in loss_stacks]
       flat = [
-        partition.shared(flat_part(partition, *pair))
+        partition.shared(_perturbation.flat_part(partition, *pair, axes))
         for pair in zip(loss_stacks, sam_stacks, strict=True)
       ]
       if combine == 'each':
