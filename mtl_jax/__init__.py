@@ -7,6 +7,9 @@ task gradients they work on. Everything else (`mtl_jax.data`, `.models`,
 
 from mtl_jax.gradients import task_grad
 from mtl_jax.gradients import TaskGrad
+from mtl_jax.gram_updates import gram_update
+from mtl_jax.gram_updates import GramUpdate
+from mtl_jax.gram_updates import GramUpdateState
 from mtl_jax.transforms import after_step
 from mtl_jax.transforms import Aggregator
 from mtl_jax.transforms import AggregatorState
@@ -80,6 +83,8 @@ __all__ = [
   'BilevelWeighting',
   'EveryState',
   'FlatMinimaState',
+  'GramUpdate',
+  'GramUpdateState',
   'LossWeighting',
   'PerGroupState',
   'SkipNonfiniteState',
@@ -113,6 +118,7 @@ __all__ = [
   'graddrop',
   'gradnorm',
   'gradvac',
+  'gram_update',
   'imtl_g',
   'imtl_l',
   'krum',

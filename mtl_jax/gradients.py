@@ -41,7 +41,7 @@ class TaskGrad(NamedTuple):
   at_each: Callable[..., tuple[jax.Array, types.TaskGrads]]
 
 
-class _Parts:
+class Parts:
   """Parameters as (shared leaves, leaves by task, frozen leaves) and back."""
 
   def __init__(self, param_labels, tree, task_names):
@@ -136,7 +136,7 @@ def task_grad(
     return as_scalars(losses, names), aux
 
   def at(params, *args):
-    parts = _Parts(param_labels, params, names)
+    parts = Parts(param_labels, params, names)
     shared, heads, frozen = parts.split(params)
 
     def f(shared, heads):
@@ -175,7 +175,7 @@ def task_grad(
     return (jnp.stack(losses), aux), parts.join(stack, own_heads, zeros)
 
   def at_each(task_params, *args):
-    parts = _Parts(param_labels, task_params, names)
+    parts = Parts(param_labels, task_params, names)
     stack, heads, frozen = parts.split(task_params)
 
     def own_loss(i, shared, head):

@@ -9,13 +9,14 @@ import pytest
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _BELOW_PROBLEMS = {'types', 'data', 'models', 'losses', 'metrics'}
-_GRADIENTS = {'slices', 'gradients', 'weighted_gradients'}
+_GRADIENTS = {'slices', 'gradients', 'gram_updates', 'weighted_gradients'}
 _BELOW_TRAIN = _BELOW_PROBLEMS | _GRADIENTS | {'transforms', 'problems'}
 ALLOWED = {
   'types': set(),
   'transforms': set(),
   'slices': set(),
   'gradients': {'types', 'transforms', 'slices'},
+  'gram_updates': {'types', 'transforms', 'gradients'},
   'weighted_gradients': {'types', 'transforms', 'slices', 'gradients'},
   'data': {'types'},
   'models': {'types'},
@@ -26,7 +27,12 @@ ALLOWED = {
   'report': {'types', 'metrics'},
   'main': _BELOW_TRAIN | {'train', 'report'},
   'predict': _BELOW_TRAIN | {'train', 'report'},
-  '__init__': {'gradients', 'weighted_gradients', 'transforms'},
+  '__init__': {
+    'gradients',
+    'gram_updates',
+    'weighted_gradients',
+    'transforms',
+  },
 }
 
 

@@ -116,10 +116,56 @@ def perturbed(
     scale = (
       _inner.row(of_shared, g) if label == _labels.SHARED else of_heads[owner]
     )
-    stretch = _widen(p) * _widen(p) if adaptive else 1
-    step = scale * stretch * _widen(g)
-    moved.append((_widen(p) + step).astype(p.dtype))
+    moved.append(_shifted(p, g, scale, adaptive))
   return partition.tree(moved)
+
+
+def _shifted(p: jax.Array, g: jax.Array, scale: Any, adaptive: bool):
+  stretch = _widen(p) * _widen(p) if adaptive else 1
+  return (_widen(p) + scale * stretch * _widen(g)).astype(p.dtype)
+
+
+def perturbed_task(
+  grads: Sequence[Any],
+  params: Sequence[Any],
+  *,
+  rho: Sequence[Any],
+  adaptive: bool,
+  norm: str,
+  eps: float,
+) -> list[Any]:
+  """`perturbed` of one task by itself, without a task axis.
+
+  Args:
+    grads: the task's gradient: leaves of the shared part, leaves of its head.
+    params: the parameters likewise.
+    rho: their radii.
+    adaptive: as in `perturbed`.
+    norm: as in `perturbed`.
+    eps: as in `perturbed`.
+
+  Returns:
+    Parameters laid out like `params`.
+  """
+  scaled = grads
+  if adaptive:
+    scaled = jax.tree.map(
+      lambda g, p: jnp.abs(_widen(p)) * _widen(g), grads, params
+    )
+  squares = [
+    sum((_squares(g, None) for g in jax.tree.leaves(part)), jnp.zeros(()))
+    for part in scaled
+  ]
+  if norm == 'joint':
+    squares = [squares[0] + squares[1]] * 2
+
+  def shift(leaves, own_grads, radius, square):
+    scale = radius / (jnp.sqrt(square) + eps)
+    return jax.tree.map(
+      lambda p, g: _shifted(p, g, scale, adaptive), leaves, own_grads
+    )
+
+  return list(map(shift, params, grads, rho, squares))
 
 
 def flat_part(

@@ -281,7 +281,7 @@ def test_other_shapes_than_one_entry_a_task_raise(row):
     for losses in (jnp.ones(1), jnp.ones(3)):
       with pytest.raises(ValueError, match=r'losses must have shape \(2,\)'):
         weighting.update(losses, state)
-  with pytest.raises(ValueError, match='num_tasks must be at least 1, got 0'):
+  with pytest.raises(ValueError, match=r'num_tasks must .* 1, got 0'):
     weighting.init(0)
 
 
