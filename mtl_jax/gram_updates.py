@@ -198,7 +198,7 @@ def gram_update(
     known = jnp.where(present, stacked, 1)
     gram = _by_pairs(loss_gradient, present)
     loss_state = _weights(inner, gram, state.loss, known, present)
-    w = loss_state.task_weights
+    w = _unless_broken(loss_state.task_weights, gram, present)
     flat_state = state.flat
     scale = w if head_scale == 'weights' else jnp.ones_like(w)
     scale = jnp.where(present, scale, 0)
@@ -209,7 +209,9 @@ def gram_update(
       transposed = jax.linear_transpose(pull, shared, heads)
       of_shared, _ = transposed(tuple(used))
       own = {
-        task: [times(x, scale[i]) for x in pull_back(i)[1]]
+        task: [
+          jnp.where(present[i], times(x, scale[i]), 0) for x in pull_back(i)[1]
+        ]
         for i, task in enumerate(names)
       }
     else:
@@ -225,6 +227,7 @@ def gram_update(
       gram_of_flat = jnp.where(both, gram_of_flat, 0)
       flat_state = _weights(inner, gram_of_flat, state.flat, known, present)
       v = jnp.where(seen, flat_state.task_weights, 0)
+      v = _unless_broken(v, gram_of_flat, present)
 
       def add(i, total, own):
         g, of_head = pull_back(i)
@@ -309,3 +312,10 @@ def _weights(inner, gram, state, losses, present):
   rows = jnp.where(usable, lengths, 0)[:, None] * units
   _, state = inner.aggregate(rows, state, losses=losses, active=present)
   return state
+
+
+def _unless_broken(weights, gram, present):
+  """The weights; NaN where the Gram matrix of those present is not finite."""
+  # A zero weight would hide a gradient that is not finite.
+  finite = jnp.all(jnp.isfinite(gram))
+  return jnp.where(present & ~finite, jnp.nan, weights)

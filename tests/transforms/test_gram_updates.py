@@ -144,6 +144,21 @@ def test_aggregator_with_axes_is_refused():
     mtl_jax.gram_update(loss_fn, mtl_jax.mgda(axis_name='i'), NAMES)
 
 
+@pytest.mark.parametrize('name', ['linear', 'nash_mtl', 'pcgrad'])
+@pytest.mark.parametrize('way', ['plain', 'flat'])
+def test_gradient_that_is_not_finite_reaches_the_update(name, way):
+  update, state = without(name, way)
+  params = jax.tree.map(lambda x: x, PROBLEM.params)
+  params['heads'][NAMES[1]]['scale'] *= jnp.nan
+  _, grads, _ = update(params, state, np.array([True] * 3))
+  for leaf in jax.tree.leaves(grads['shared']):
+    assert not np.any(np.isfinite(leaf))
+  # An absent task's is none of the others' business.
+  _, grads, _ = update(params, state, np.array([True, False, True]))
+  for leaf in jax.tree.leaves(grads['heads'][NAMES[1]]):
+    np.testing.assert_array_equal(leaf, 0)
+
+
 TASKS, WIDTH = 8, 192
 
 
