@@ -15,11 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax import slices as slicing
+from mtl_jax import micro_batches as accumulation
 from mtl_jax import transforms
 from mtl_jax import types
 from mtl_jax.transforms import _arguments
-from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _labels
 
 _ENGINES = ('unroll', 'vmap', 'scan')
@@ -229,7 +228,9 @@ def task_grad(
 
   if micro_batches == 1:
     return TaskGrad(at, at_each)
-  return _accumulated(TaskGrad(at, at_each), names, param_labels, micro_batches)
+  return TaskGrad(
+    *accumulation.accumulated((at, at_each), names, param_labels, micro_batches)
+  )
 
 
 def as_scalars(losses: Any, names: tuple[str, ...]) -> tuple[jax.Array, ...]:
@@ -296,70 +297,3 @@ def _scan_tasks(
     step, dict(heads), jnp.arange(len(names))
   )
   return losses, grads, own_heads
-
-
-def _accumulated(task_grad_fns, names, param_labels, slices) -> TaskGrad:
-  """The same pair of functions, over slices of the batch one at a time."""
-
-  def run(fn, params, batch, args):
-    """`fn` of every slice: weighted sum of its first two results, stacked aux.
-
-    Args:
-      fn: `(params, batch, *args) -> (losses, aux, task_grads)`.
-    """
-    partition = _labels.Partition(param_labels, params, names)
-    cut = slicing.cut(batch, slices)
-    counts = slicing.label_counts(cut, names, slices)
-    total = jnp.sum(counts, axis=0, keepdims=True)
-    weights = counts / jnp.maximum(total, 1)
-
-    def weigh(weight, grads):
-      scaled = [
-        g * (_inner.row(weight, g) if label == _labels.SHARED else 1.0)
-        if owner is None
-        else g * weight[owner]
-        for g, label, owner in zip(
-          partition.leaves(grads),
-          partition.labels,
-          partition.owners,
-          strict=True,
-        )
-      ]
-      return partition.tree(
-        [
-          x.astype(g.dtype)
-          for x, g in zip(scaled, partition.leaves(grads), strict=True)
-        ]
-      )
-
-    def one(slice_and_weight):
-      piece, weight = slice_and_weight
-      losses, aux, grads = fn(params, piece, *args)
-      return weight * losses, weigh(weight, grads), aux
-
-    def step(total, slice_and_weight):
-      losses, grads, aux = one(slice_and_weight)
-      return jax.tree.map(jnp.add, total, (losses, grads)), aux
-
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], (cut, weights)))
-    start = jax.tree.map(jnp.zeros_like, shapes[:2])
-    (losses, grads), aux = jax.lax.scan(step, start, (cut, weights))
-    return losses, aux, grads
-
-  def at(params, batch, *args):
-    def fn(*inputs):
-      (losses, aux), grads = task_grad_fns.at(*inputs)
-      return losses, aux, grads
-
-    losses, aux, grads = run(fn, params, batch, args)
-    return (losses, aux), grads
-
-  def at_each(task_params, batch, *args):
-    def fn(*inputs):
-      losses, grads = task_grad_fns.at_each(*inputs)
-      return losses, None, grads
-
-    losses, _, grads = run(fn, task_params, batch, args)
-    return losses, grads
-
-  return TaskGrad(at, at_each)

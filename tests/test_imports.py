@@ -9,13 +9,20 @@ import pytest
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _BELOW_PROBLEMS = {'types', 'data', 'models', 'losses', 'metrics'}
-_GRADIENTS = {'slices', 'gradients', 'gram_updates', 'weighted_gradients'}
+_GRADIENTS = {
+  'slices',
+  'micro_batches',
+  'gradients',
+  'gram_updates',
+  'weighted_gradients',
+}
 _BELOW_TRAIN = _BELOW_PROBLEMS | _GRADIENTS | {'transforms', 'problems'}
 ALLOWED = {
   'types': set(),
   'transforms': set(),
   'slices': set(),
-  'gradients': {'types', 'transforms', 'slices'},
+  'micro_batches': {'transforms', 'slices'},
+  'gradients': {'types', 'transforms', 'micro_batches'},
   'gram_updates': {'types', 'transforms', 'gradients'},
   'weighted_gradients': {'types', 'transforms', 'slices', 'gradients'},
   'data': {'types'},

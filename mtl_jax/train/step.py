@@ -6,7 +6,6 @@ it takes what it needs of them, and `jit` drops the rest.
 """
 
 from collections.abc import Callable
-import dataclasses
 from typing import Any
 from typing import NamedTuple
 
@@ -18,16 +17,8 @@ from mtl_jax import losses
 from mtl_jax import transforms
 from mtl_jax import types
 from mtl_jax import weighted_gradients
-from mtl_jax.metrics import averages
 from mtl_jax.train import step_gradients
-
-# Diagnostics of a task gradient aggregation, by the name they are logged under.
-_SCALARS = {
-  'conflict': 'conflict',
-  'mean_cosine': 'mean_cosine',
-  'residual': 'residual',
-}
-_PER_TASK = {'task_weights': 'weight', 'gradient_norms': 'gradient_norm'}
+from mtl_jax.train import step_metrics
 
 
 class TrainState(NamedTuple):
@@ -177,7 +168,7 @@ def make_train_step(
       predictions, model_state = model.apply(
         params, state.model_state, batch, train=True, key=key
       )
-      sums = _metric_sums(problem, predictions, batch)
+      sums = step_metrics.metric_sums(problem, predictions, batch)
       return task_losses(problem, predictions, batch), (model_state, sums)
 
     active = jnp.stack([jnp.any(batch['mask'][task] > 0) for task in names])
@@ -246,17 +237,16 @@ def make_train_step(
       weighting_state = weighting.after_step(
         new_losses, weighting_state, active=active
       )
-    labels = (
-      param_labels(state.params) if callable(param_labels) else param_labels
-    )
     present = active.astype(losses.dtype)
     total = jnp.sum(jnp.where(active, losses, 0))
     metrics = {
       'loss': total / jnp.maximum(jnp.sum(present), 1),
       **{f'{task}/loss': losses[i] for i, task in enumerate(names)},
       **{f'{task}/present': present[i] for i, task in enumerate(names)},
-      **_finish(problem, sums),
-      **_shown(opt_state, names, left_out, _anything_shared(labels)),
+      **step_metrics.finish(problem, sums),
+      **step_metrics.shown(
+        opt_state, names, left_out, param_labels, state.params
+      ),
       **weights,
     }
     state = TrainState(
@@ -284,12 +274,12 @@ def make_eval_step(
     A pure function `(params, model_state, batch) -> sums`; a tree of arrays to
     be added up over the batches of a split and given to `finish_eval`.
   """
-  with_loss = _with_loss(problem)
+  with_loss = step_metrics.with_loss(problem)
 
   def step(params, model_state, batch):
     batch = problem.preprocess(batch)
     predictions, _ = model.apply(params, model_state, batch, train=False)
-    return _metric_sums(with_loss, predictions, batch)
+    return step_metrics.metric_sums(with_loss, predictions, batch)
 
   return step
 
@@ -305,75 +295,5 @@ def finish_eval(problem: types.Problem, sums: Any) -> dict[str, float]:
     `{'<task>/loss': mean loss, '<task>/<metric>': value}`; NaN for a task
     without a label in the split.
   """
-  values = _finish(_with_loss(problem), sums)
+  values = step_metrics.finish(step_metrics.with_loss(problem), sums)
   return {name: float(value) for name, value in values.items()}
-
-
-def _with_loss(problem):
-  """The problem with the loss of each task as its first metric."""
-  return dataclasses.replace(
-    problem,
-    tasks=tuple(
-      dataclasses.replace(
-        task,
-        metrics=(
-          averages.average('loss', task.loss, higher_is_better=False),
-          *task.metrics,
-        ),
-      )
-      for task in problem.tasks
-    ),
-  )
-
-
-def _metric_sums(problem, predictions, batch):
-  return {
-    task.name: {
-      metric.name: metric.accumulate(
-        predictions[task.name],
-        batch['labels'][task.name],
-        batch['mask'][task.name],
-      )
-      for metric in task.metrics
-    }
-    for task in problem.tasks
-  }
-
-
-def _finish(problem, sums):
-  return {
-    f'{task.name}/{metric.name}': metric.finish(sums[task.name][metric.name])
-    for task in problem.tasks
-    for metric in task.metrics
-  }
-
-
-def _anything_shared(labels):
-  """Whether tasks can conflict at all; single-task networks cannot."""
-  return 'shared' in jax.tree.leaves(labels)
-
-
-def _shown(opt_state, names, left_out, together):
-  """Diagnostics as scalars: those of the loss gradients without a prefix.
-
-  Where there are several aggregators, as of groups of parameters, their place
-  follows the name. Of networks that are not together nothing but the steps
-  that were left out.
-  """
-  metrics = {}
-  for name, value in transforms.diagnostics(opt_state).items():
-    *parts, kind = name.split('/')
-    flat = 'flat' in parts
-    place = ''.join(f'/{p}' for p in parts if p not in ('loss', 'flat'))
-    if kind == 'skipped':
-      # Of this step, so that a mean of steps is the share of them.
-      metrics[kind] = left_out.astype(jnp.float32)
-    elif not together:
-      continue
-    elif kind in _SCALARS:
-      metrics[f'{"flat/" if flat else ""}{_SCALARS[kind]}{place}'] = value
-    elif kind in _PER_TASK:
-      shown = f'{"flat_" if flat else ""}{_PER_TASK[kind]}{place}'
-      for i, task in enumerate(names):
-        metrics[f'{task}/{shown}'] = value[i]
-  return metrics

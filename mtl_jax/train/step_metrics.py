@@ -1,0 +1,86 @@
+"""What a step tells of itself: sums of metrics, and diagnostics by name."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax import transforms
+from mtl_jax.metrics import averages
+
+# Diagnostics of a task gradient aggregation, by the name they are logged under.
+_SCALARS = {
+  'conflict': 'conflict',
+  'mean_cosine': 'mean_cosine',
+  'residual': 'residual',
+}
+_PER_TASK = {'task_weights': 'weight', 'gradient_norms': 'gradient_norm'}
+
+
+def with_loss(problem):
+  """The problem with the loss of each task as its first metric."""
+  return dataclasses.replace(
+    problem,
+    tasks=tuple(
+      dataclasses.replace(
+        task,
+        metrics=(
+          averages.average('loss', task.loss, higher_is_better=False),
+          *task.metrics,
+        ),
+      )
+      for task in problem.tasks
+    ),
+  )
+
+
+def metric_sums(problem, predictions, batch):
+  """Sums of every metric of every task, {task: {metric: tree}}."""
+  return {
+    task.name: {
+      metric.name: metric.accumulate(
+        predictions[task.name],
+        batch['labels'][task.name],
+        batch['mask'][task.name],
+      )
+      for metric in task.metrics
+    }
+    for task in problem.tasks
+  }
+
+
+def finish(problem, sums):
+  """The metrics from their sums, {'task/metric': scalar}."""
+  return {
+    f'{task.name}/{metric.name}': metric.finish(sums[task.name][metric.name])
+    for task in problem.tasks
+    for metric in task.metrics
+  }
+
+
+def shown(opt_state, names, left_out, param_labels, params):
+  """Diagnostics as scalars: those of the loss gradients without a prefix.
+
+  Where there are several aggregators, as of groups of parameters, their place
+  follows the name. Where nothing is shared tasks cannot conflict, and there is
+  nothing but the steps that were left out.
+  """
+  labels = param_labels(params) if callable(param_labels) else param_labels
+  together = 'shared' in jax.tree.leaves(labels)
+  metrics = {}
+  for name, value in transforms.diagnostics(opt_state).items():
+    *parts, kind = name.split('/')
+    flat = 'flat' in parts
+    place = ''.join(f'/{p}' for p in parts if p not in ('loss', 'flat'))
+    if kind == 'skipped':
+      # Of this step, so that a mean of steps is the share of them.
+      metrics[kind] = left_out.astype(jnp.float32)
+    elif not together:
+      continue
+    elif kind in _SCALARS:
+      metrics[f'{"flat/" if flat else ""}{_SCALARS[kind]}{place}'] = value
+    elif kind in _PER_TASK:
+      shown = f'{"flat_" if flat else ""}{_PER_TASK[kind]}{place}'
+      for i, task in enumerate(names):
+        metrics[f'{task}/{shown}'] = value[i]
+  return metrics
