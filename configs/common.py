@@ -107,8 +107,9 @@ def make_config(
       'batch_size': 256,
       'epochs': 1,
       'seed': seed,
-      # How the T gradients are computed: 'unroll', 'vmap' or 'scan'.
-      'engine': 'unroll',
+      # How the T gradients are computed: 'unroll', 'vmap', 'scan', or 'auto',
+      # which chooses by platform.
+      'engine': 'auto',
       'micro_batches': 1,
       # Of matrix products and convolutions, in both passes.
       'precision': 'highest',

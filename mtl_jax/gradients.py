@@ -21,7 +21,7 @@ from mtl_jax import types
 from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _labels
 
-_ENGINES = ('unroll', 'vmap', 'scan')
+ENGINES = ('auto', 'unroll', 'vmap', 'scan')
 
 
 class TaskGrad(NamedTuple):
@@ -70,7 +70,7 @@ def task_grad(
   task_names: Sequence[str],
   *,
   param_labels: transforms.ParamLabels = transforms.default_labels,
-  engine: str = 'unroll',
+  engine: str = 'auto',
   micro_batches: int = 1,
   has_aux: bool = False,
 ) -> TaskGrad:
@@ -86,9 +86,11 @@ def task_grad(
     engine: how T tasks are evaluated; the numbers are the same. `'unroll'`: one
       after the other in one program, each task's scalar differentiated alone,
       so that other heads cost nothing. `'vmap'`: batched over tasks; every
-      head is evaluated for every task. `'scan'`: a loop over tasks whose
-      results are written into the stack in place, for many tasks or little
-      memory.
+      head is evaluated for every task. `'scan'`: a loop over tasks, each with
+      its own head alone, whose results are written into the stack in place: a
+      flat update needs two stacks of temporary memory instead of three.
+      `'auto'`: `'scan'` on CPU, where it also takes the least time
+      (results/benchmarks/joint_update.json), and `'unroll'` elsewhere.
     micro_batches: n; the batch is cut into n slices whose task gradients are
       averaged by label counts, before anything is made of them. The first of
       `*args` is the batch: all its leaves [B, ...] are cut, row r going to
@@ -123,10 +125,12 @@ def task_grad(
     [ 6. 20.] [3. 5.] 4.0
   """
   names = _labels.check_task_names(task_names)
-  _arguments.one_of('engine', engine, _ENGINES)
+  _arguments.one_of('engine', engine, ENGINES)
   if micro_batches < 1:
     raise ValueError(f'micro_batches must be at least 1, got {micro_batches}')
   size = len(names)
+  if engine == 'auto':
+    engine = 'scan' if jax.default_backend() == 'cpu' else 'unroll'
 
   def losses_of(params, *args):
     """The losses as a tuple of T scalars, and aux."""
@@ -168,7 +172,11 @@ def task_grad(
       own_heads = {task: pull_back(i)[1] for i, task in enumerate(names)}
     else:
       _, stack, own_heads = _scan_tasks(
-        lambda i, _: (losses[i], *pull_back(i)), names, [], heads
+        lambda i, _: (losses[i], *pull_back(i)),
+        names,
+        [jnp.zeros((size, *x.shape), x.dtype) for x in shared],
+        heads,
+        losses[0].dtype,
       )
     zeros = jax.tree.map(jnp.zeros_like, frozen)
     return (jnp.stack(losses), aux), parts.join(stack, own_heads, zeros)
@@ -220,8 +228,11 @@ def task_grad(
         loss, (shared_grad, head_grad) = evaluate(i, shared)
         return loss, shared_grad, head_grad
 
+      loss_dtype = jax.eval_shape(
+        lambda: own_loss(0, [x[0] for x in stack], heads[names[0]])
+      ).dtype
       losses, shared_grads, own_heads = _scan_tasks(
-        of_task, names, stack, heads
+        of_task, names, stack, heads, loss_dtype
       )
     zeros = jax.tree.map(jnp.zeros_like, frozen)
     return losses, parts.join(shared_grads, own_heads, zeros)
@@ -263,15 +274,18 @@ def _scan_tasks(
   names: tuple[str, ...],
   stack: Any,
   heads: Mapping[str, Any],
+  loss_dtype: Any,
 ) -> tuple[jax.Array, Any, dict[str, Any]]:
-  """A loop over tasks; each result is written into its place.
+  """A loop over tasks that writes each result in the place of its input.
 
   Args:
     of_task: `(i, row i of stack) -> (loss, shared gradient, head gradient)`
       with i a Python integer.
     names: the tasks.
-    stack: leaves [T, ...] to take rows of.
+    stack: leaves [T, ...]; row i becomes the shared gradient of task i, so that
+      there is one stack and not two.
     heads: {task: leaves}, of the shapes of the head gradients.
+    loss_dtype: dtype of the losses.
 
   Returns:
     losses [T], shared gradients [T, ...], head gradients by task.
@@ -286,14 +300,14 @@ def _scan_tasks(
 
   branches = [branch(i) for i in range(len(names))]
 
-  def step(own_heads, i):
+  def step(i, carry):
+    losses, stack, own_heads = carry
     loss, shared_grad, own_heads = jax.lax.switch(
       i, branches, [x[i] for x in stack], own_heads
     )
-    return own_heads, (loss, shared_grad)
+    stack = [x.at[i].set(g) for x, g in zip(stack, shared_grad, strict=True)]
+    return losses.at[i].set(loss), stack, own_heads
 
   # Every entry of the carry is overwritten, so the parameters do to start with.
-  own_heads, (losses, grads) = jax.lax.scan(
-    step, dict(heads), jnp.arange(len(names))
-  )
-  return losses, grads, own_heads
+  start = jnp.zeros(len(names), loss_dtype), list(stack), dict(heads)
+  return jax.lax.fori_loop(0, len(names), step, start)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from mtl_jax import gradients
 from mtl_jax import models
 from mtl_jax import problems
 from mtl_jax import types
@@ -35,7 +36,7 @@ _POSITIVE = (
 _CHOICES = {
   'data.kind': ('real', 'synthetic'),
   'data.split': ('holdout', 'paper'),
-  'engine': ('unroll', 'vmap', 'scan'),
+  'engine': gradients.ENGINES,
   # Those that JAX has for all devices.
   'precision': (
     *('default', 'high', 'highest'),

@@ -105,7 +105,7 @@ def make_train_step(
   *,
   seed: int = 0,
   param_labels: transforms.ParamLabels = transforms.default_labels,
-  engine: str = 'unroll',
+  engine: str = 'auto',
   micro_batches: int = 1,
   extra_batches: int = 0,
   weighting: transforms.LossWeighting

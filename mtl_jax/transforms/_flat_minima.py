@@ -12,7 +12,6 @@ import optax
 from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _diagnostics
-from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _labels
 from mtl_jax.transforms import _lift
 from mtl_jax.transforms import _perturbation
@@ -226,13 +225,11 @@ def flat_minima(
       partition.check(leaves, param_leaves)
       if present is None:
         return leaves
+      # Shared rows are masked where they are used: a masked stack would be one
+      # more in memory.
       return [
-        jnp.where(_inner.row(present, g), g, 0)
-        if label == _labels.SHARED
-        else (g if owner is None else jnp.where(present[owner], g, 0))
-        for g, label, owner in zip(
-          leaves, partition.labels, partition.owners, strict=True
-        )
+        g if owner is None else jnp.where(present[owner], g, 0)
+        for g, owner in zip(leaves, partition.owners, strict=True)
       ]
 
     loss_grads = read(task_grads)
@@ -246,6 +243,7 @@ def flat_minima(
       norm=norm,
       eps=eps,
       axes=axes,
+      present=present,
     )
     sam_grads = read(axes.average(grad_fn(axes.replicate(task_params))))
     # Stacks of the batch itself first, of further batches after it.
@@ -276,7 +274,9 @@ def flat_minima(
     else:
       loss = [partition.shared(leaves) for leaves in loss_stacks]
       flat = [
-        partition.shared(_perturbation.flat_part(partition, *pair, axes))
+        partition.shared(
+          _perturbation.flat_part(partition, *pair, axes, present)
+        )
         for pair in zip(loss_stacks, sam_stacks, strict=True)
       ]
       if combine == 'each':

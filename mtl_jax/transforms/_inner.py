@@ -8,6 +8,18 @@ import jax.numpy as jnp
 from mtl_jax.transforms import _aggregator
 
 
+def on_cpu() -> bool:
+  """Whether stacks are worked on as XLA's CPU backend keeps them in place.
+
+  It makes a copy of the whole stack for a product with several axes to
+  contract, for what is multiplied or masked before a reduction, and for what is
+  written over a loop's result. The forms used instead take rows one by one or
+  reshape, which on other backends would be slower or, where the stack is
+  sharded, gather it; there XLA fuses the plain ones.
+  """
+  return jax.default_backend() == 'cpu'
+
+
 def wide(dtype: Any) -> Any:
   """The dtype in which norms and inner products are computed."""
   return jnp.promote_types(dtype, jnp.float32)
@@ -33,8 +45,8 @@ def cross(
   """
   total = jnp.zeros(shape, jnp.float32)
   for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-    # All axes but the first are contracted as they are: a reshape to [T, -1]
-    # would gather a leaf that is sharded along an inner axis.
+    if on_cpu():
+      a, b = (x.reshape(x.shape[0], -1) for x in (a, b))
     rest = tuple(range(1, a.ndim))
     dtype = wide(jnp.promote_types(a.dtype, b.dtype))
     total = total + jax.lax.dot_general(
@@ -89,8 +101,13 @@ def weighted_sum(weights: jax.Array, task_grads: Any) -> Any:
   """
 
   def combine(leaf):
-    scaled = row(weights, leaf) * leaf.astype(wide(leaf.dtype))
-    return jnp.sum(scaled, axis=0).astype(leaf.dtype)
+    dtype = wide(leaf.dtype)
+    if on_cpu():
+      size = weights.shape[0]
+      total = sum(weights[i] * leaf[i].astype(dtype) for i in range(size))
+    else:
+      total = jnp.sum(row(weights, leaf) * leaf.astype(dtype), axis=0)
+    return total.astype(leaf.dtype)
 
   return jax.tree.map(combine, task_grads)
 

@@ -257,7 +257,10 @@ def lift(
       _aggregator.check_task_axis(stack, params, size)
     present = _aggregator.full_active(active, size)
     losses = _aggregator.check_losses(losses, size)
+    gram = _inner.gram(task_grads, size, axes)
     if active is not None:
+      # After the product, not before: it would need the masked stack in memory.
+      gram = jnp.where(present[:, None] & present[None, :], gram, 0)
       task_grads, extra_grads = _inner.keep_active(
         present, (task_grads, extra_grads)
       )
@@ -265,7 +268,6 @@ def lift(
     key, draw = state.key, None
     if key is not None:
       key, draw = jax.random.split(key)
-    gram = _inner.gram(task_grads, size, axes)
     found = combine(
       Given(
         task_grads,

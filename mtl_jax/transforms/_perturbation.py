@@ -44,20 +44,35 @@ class _Norms(NamedTuple):
   heads: jax.Array
 
 
+def _shared(partition: _labels.Partition, leaves: Sequence[Any]) -> list[Any]:
+  """The shared ones of all leaves."""
+  return [
+    leaf
+    for leaf, label in zip(leaves, partition.labels, strict=True)
+    if label == _labels.SHARED
+  ]
+
+
+def _squared_rows(
+  stack: Sequence[jax.Array], size: int, axes: _aggregator.Axes
+) -> jax.Array:
+  """Squared norms [T] of the rows of a stack of leaves [T, *shape]."""
+  total = jnp.zeros(size)
+  for leaf in stack:
+    total = total + _squares(leaf, tuple(range(1, leaf.ndim)))
+  return axes.sum_shards(total)
+
+
 def _squared_norms(
   partition: _labels.Partition, leaves: Sequence[Any], axes: _aggregator.Axes
 ) -> _Norms:
   size = len(partition.task_names)
-  shared = jnp.zeros(size)
   heads = [jnp.zeros(())] * size
-  for leaf, label, owner in zip(
-    leaves, partition.labels, partition.owners, strict=True
-  ):
-    if label == _labels.SHARED:
-      shared = shared + _squares(leaf, tuple(range(1, leaf.ndim)))
-    elif owner is not None:
+  for leaf, owner in zip(leaves, partition.owners, strict=True):
+    if owner is not None:
       heads[owner] = heads[owner] + _squares(leaf, None)
-  return _Norms(axes.sum_shards(shared), axes.sum_shards(jnp.stack(heads)))
+  shared = _squared_rows(_shared(partition, leaves), size, axes)
+  return _Norms(shared, axes.sum_shards(jnp.stack(heads)))
 
 
 def perturbed(
@@ -71,6 +86,7 @@ def perturbed(
   norm: str,
   eps: float,
   axes: _aggregator.Axes,
+  present: jax.Array | None = None,
 ) -> Any:
   """Task parameters: each task at its own worst point of the ball.
 
@@ -84,6 +100,8 @@ def perturbed(
     norm: `'separate'` or `'joint'`.
     eps: added to the norm.
     axes: the mapped axes.
+    present: bool [T], the tasks to perturb; all by default. The shared rows of
+      others may hold anything.
 
   Returns:
     A tree laid out like task gradients.
@@ -100,6 +118,8 @@ def perturbed(
       for g, p, label in zip(grads, params, partition.labels, strict=True)
     ]
   squares = _squared_norms(partition, scaled, axes)
+  if present is not None:
+    squares = _Norms(*(jnp.where(present, x, 0) for x in squares))
   if norm == 'joint':
     both = squares.shared + squares.heads
     squares = _Norms(both, both)
@@ -116,7 +136,10 @@ def perturbed(
     scale = (
       _inner.row(of_shared, g) if label == _labels.SHARED else of_heads[owner]
     )
-    moved.append(_shifted(p, g, scale, adaptive))
+    shifted = _shifted(p, g, scale, adaptive)
+    if present is not None and label == _labels.SHARED:
+      shifted = jnp.where(_inner.row(present, g), shifted, p)
+    moved.append(shifted)
   return partition.tree(moved)
 
 
@@ -173,26 +196,46 @@ def flat_part(
   loss_grads: Sequence[Any],
   sam_grads: Sequence[Any],
   axes: _aggregator.Axes,
+  present: jax.Array | None = None,
 ) -> list[Any]:
-  """Flat gradients; those that are only rounding count as zero."""
-  difference = [
-    s - g if label == _labels.SHARED else g
-    for s, g, label in zip(sam_grads, loss_grads, partition.labels, strict=True)
-  ]
-  resolution = max(
-    (
-      float(jnp.finfo(g.dtype).eps)
-      for g, label in zip(loss_grads, partition.labels, strict=True)
-      if label == _labels.SHARED
-    ),
-    default=0.0,
-  )
-  flat = _squared_norms(partition, difference, axes).shared
-  loss = _squared_norms(partition, loss_grads, axes).shared
-  seen = flat > resolution**2 * loss
+  """Flat gradients; those that are only rounding count as zero.
+
+  Args:
+    partition: which leaves are shared.
+    loss_grads: leaves of the loss gradients.
+    sam_grads: leaves of the SAM gradients.
+    axes: the mapped axes.
+    present: as in `perturbed`; the rows of other tasks are zero.
+
+  Returns:
+    Leaves of the flat gradients; of heads those of `loss_grads`.
+  """
+  loss, sam = _shared(partition, loss_grads), _shared(partition, sam_grads)
+  size = len(partition.task_names)
+  difference = jax.tree.map(jnp.subtract, sam, loss)
+  resolution = max((float(jnp.finfo(g.dtype).eps) for g in loss), default=0.0)
+  of_flat = _squared_rows(difference, size, axes)
+  of_loss = _squared_rows(loss, size, axes)
+  seen = of_flat > resolution**2 * of_loss
   # A non-finite gradient is not rounding: it has to reach the update.
-  seen = seen | ~jnp.isfinite(flat)
+  seen = seen | ~jnp.isfinite(of_flat)
+  if present is not None:
+    seen &= present
+  if _inner.on_cpu():
+
+    def write(i, sam):
+      rows = [
+        jnp.where(seen[i], s[i] - g[i], 0)
+        for s, g in zip(sam, loss, strict=True)
+      ]
+      return [s.at[i].set(x) for s, x in zip(sam, rows, strict=True)]
+
+    # In the place of the SAM gradients.
+    flat = jax.lax.fori_loop(0, size, write, sam)
+  else:
+    flat = [jnp.where(_inner.row(seen, h), h, 0) for h in difference]
+  rows = iter(flat)
   return [
-    jnp.where(_inner.row(seen, h), h, 0) if label == _labels.SHARED else h
-    for h, label in zip(difference, partition.labels, strict=True)
+    next(rows) if label == _labels.SHARED else g
+    for g, label in zip(loss_grads, partition.labels, strict=True)
   ]
