@@ -111,6 +111,8 @@ def make_config(
       # which chooses by platform.
       'engine': 'auto',
       'micro_batches': 1,
+      # Updates in one compiled call; must divide the intervals below.
+      'steps_per_call': 1,
       # Of matrix products and convolutions, in both passes.
       'precision': 'highest',
       'eval_every_epochs': 1,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import functools
 
 import grain
+import jax
 import numpy as np
 
 from mtl_jax import types
@@ -51,6 +52,7 @@ def train_batches(
   start_step: int = 0,
   process_index: int = 0,
   process_count: int = 1,
+  steps_per_call: int = 1,
   prefetch: int = 2,
 ) -> Iterator[types.Batch]:
   """The batches of training steps `start_step` to `num_steps - 1`.
@@ -67,6 +69,8 @@ def train_batches(
     start_step: the step to start at; where an interrupted training goes on.
     process_index: which of the processes this is.
     process_count: number of processes.
+    steps_per_call: number of steps whose batches come together, stacked along
+      a new first axis; one by itself has no such axis.
     prefetch: number of batches made ahead in a background thread; 0 makes each
       when it is asked for.
 
@@ -84,6 +88,11 @@ def train_batches(
     raise ValueError(
       f'start_step must be in [0, num_steps={num_steps}], got {start_step}'
     )
+  if steps_per_call < 1 or (num_steps - start_step) % steps_per_call:
+    raise ValueError(
+      'steps_per_call must be positive and divide the '
+      f'{num_steps - start_step} steps left, got {steps_per_call}'
+    )
   size = len(source)
   # An epoch's order is drawn once. Two are kept, for batches made ahead over
   # the end of an epoch.
@@ -92,14 +101,23 @@ def train_batches(
   )
   order(start_step // epoch_steps)  # A wrong seed raises here, not in a thread.
 
-  def batch_of(step):
+  def indices_of(step):
     epoch, place = divmod(int(step), epoch_steps)
     first = place * batch_size
-    return source.__getitems__(
-      order(epoch)[first + rows.start : first + rows.stop]
+    return order(epoch)[first + rows.start : first + rows.stop]
+
+  def batch_of(step):
+    if steps_per_call == 1:
+      return source.__getitems__(indices_of(step))
+    indices = [indices_of(step + i) for i in range(steps_per_call)]
+    return jax.tree.map(
+      lambda x: x.reshape(steps_per_call, -1, *x.shape[1:]),
+      source.__getitems__(np.concatenate(indices)),
     )
 
-  return _iterate(batch_of, start_step, num_steps, prefetch)
+  return _iterate(
+    batch_of, range(start_step, num_steps, steps_per_call), prefetch
+  )
 
 
 def eval_batches(
@@ -147,7 +165,7 @@ def eval_batches(
     }
     return {**batch, 'mask': mask}
 
-  return _iterate(batch_of, 0, -(-size // batch_size), prefetch)
+  return _iterate(batch_of, range(-(-size // batch_size)), prefetch)
 
 
 def _process_rows(batch_size, process_index, process_count):
@@ -167,12 +185,14 @@ def _process_rows(batch_size, process_index, process_count):
 
 
 def _iterate(
-  batch_of: Callable[[int], types.Batch], start: int, stop: int, prefetch: int
+  batch_of: Callable[[int], types.Batch], steps: range, prefetch: int
 ) -> Iterator[types.Batch]:
-  """Batches `start` to `stop - 1`, made ahead in a thread."""
+  """The batches of the steps, made ahead in a thread."""
   if prefetch < 0:
     raise ValueError(f'prefetch must not be negative, got {prefetch}')
-  dataset = grain.MapDataset.range(start, stop).map(batch_of)
+  dataset = grain.MapDataset.range(steps.start, steps.stop, steps.step).map(
+    batch_of
+  )
   options = grain.ReadOptions(
     num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch
   )

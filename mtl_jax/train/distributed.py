@@ -77,9 +77,12 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def batch_sharded(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """The sharding of a batch: its first axis over the devices."""
-  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(DATA_AXIS))
+def batch_sharded(
+  mesh: jax.sharding.Mesh, axis: int = 0
+) -> jax.sharding.NamedSharding:
+  """The sharding of a batch: the axis of its examples over the devices."""
+  spec = jax.sharding.PartitionSpec(*(None,) * axis, DATA_AXIS)
+  return jax.sharding.NamedSharding(mesh, spec)
 
 
 def check_batch_size(
@@ -94,17 +97,20 @@ def check_batch_size(
     )
 
 
-def put_batch(batch: types.Batch, mesh: jax.sharding.Mesh) -> types.Batch:
+def put_batch(
+  batch: types.Batch, mesh: jax.sharding.Mesh, axis: int = 0
+) -> types.Batch:
   """Puts this process's slice of a global batch on its devices.
 
   Args:
-    batch: NumPy arrays whose first axis is this process's share of the batch.
+    batch: NumPy arrays, one axis of which is this process's share of the batch.
     mesh: of `make_mesh`.
+    axis: that axis; before it are axes that every process holds whole.
 
   Returns:
     The global batch, sharded over the mesh.
   """
-  sharding = batch_sharded(mesh)
+  sharding = batch_sharded(mesh, axis)
   if jax.process_count() == 1:
     return jax.device_put(batch, sharding)
   return jax.tree.map(

@@ -18,6 +18,7 @@ from mtl_jax import models
 from mtl_jax import problems
 from mtl_jax import types
 from mtl_jax.data import pipeline
+from mtl_jax.train import calls
 from mtl_jax.train import distributed
 from mtl_jax.train import optimizer
 from mtl_jax.train import step as steps
@@ -28,6 +29,7 @@ _logger = logging.getLogger(__name__)
 _POSITIVE = (
   'epochs',
   'micro_batches',
+  'steps_per_call',
   'eval_every_epochs',
   'log_every_steps',
   'checkpoint_every_steps',
@@ -71,7 +73,8 @@ class Experiment:
     steps_per_epoch: number of steps of an epoch.
     total_steps: number of steps of the whole run.
     init: `() -> LoopState`, the state a run starts from.
-    step: `(LoopState, batch) -> LoopState`, jitted; donates the state.
+    step: `(LoopState, inputs) -> LoopState`, jitted; donates the state. Takes
+      `config.steps_per_call` steps; see `mtl_jax.train.calls`.
     eval_step: `(params, model_state, batch, sums) -> sums`, jitted.
     empty_window: a window of no steps, on the host.
     empty_sums: the sums of an evaluation before its first batch, on the host.
@@ -100,11 +103,13 @@ class Experiment:
     """
     start = time.perf_counter()
     batch = _any_batch(self.sources['train'], self.config, self.mesh)
-    compiled = self.step.lower(state, batch).compile()
+    inputs = calls.stacked_shapes(batch, self.config.steps_per_call)
+    compiled = self.step.lower(state, inputs).compile()
     return compiled, time.perf_counter() - start
 
   def train_batches(self, start_step: int) -> Iterator[types.Batch]:
-    """The global batches of training from a step on, on the mesh."""
+    """The inputs of each call from a step on, on the mesh."""
+    steps_per_call = self.config.steps_per_call
     for batch in pipeline.train_batches(
       self.sources['train'],
       seed=self.config.seed,
@@ -113,8 +118,9 @@ class Experiment:
       start_step=start_step,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
+      steps_per_call=steps_per_call,
     ):
-      yield distributed.put_batch(batch, self.mesh)
+      yield distributed.put_batch(batch, self.mesh, _row_axis(steps_per_call))
 
   def new_window(self) -> windows.Window:
     """A window of no steps, on the mesh."""
@@ -187,6 +193,7 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   sources = _load(problem, config.data)
   epoch = pipeline.steps_per_epoch(sources['train'], config.batch_size)
   total_steps = config.epochs * epoch
+  calls.check_steps_per_call(config, epoch)
   tx, weighting, extra_batches, after_step = optimizer.make_optimizer(
     config, problem.task_names, total_steps, steps_per_epoch=epoch
   )
@@ -236,9 +243,12 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
       jax.device_put(empty_window, whole),
     ),
     step=jax.jit(
-      step_and_add,
+      calls.make_call(step_and_add, config.steps_per_call),
       donate_argnums=0,
-      in_shardings=(whole, rows),
+      in_shardings=(
+        whole,
+        distributed.batch_sharded(mesh, _row_axis(config.steps_per_call)),
+      ),
       out_shardings=whole,
     ),
     eval_step=jax.jit(
@@ -268,6 +278,11 @@ def _load(problem, data):
     if data.kind == 'real' and problem.prepare is not None:
       problem.prepare(**options)
   return {split: problem.load(split, **options) for split in splits}
+
+
+def _row_axis(steps_per_call):
+  """The axis of the examples in the inputs of a call."""
+  return 0 if steps_per_call == 1 else 1
 
 
 def _any_batch(source, config, mesh):

@@ -112,6 +112,11 @@ class _Run:
         f'{experiment.total_steps}, but the checkpoint in {workdir} is of step '
         f'{self._step}'
       )
+    if self._step % self._config.steps_per_call:
+      raise ValueError(
+        f'steps_per_call is {self._config.steps_per_call}, which does not '
+        f'divide {self._step}, the step of the checkpoint in {workdir}'
+      )
     # Where and when the window before ended.
     self._mark = (self._step, self._clock.seconds)
     # A window that is full and not yet logged, with its last step.
@@ -169,8 +174,8 @@ class _Run:
     for batch in self._experiment.train_batches(self._step):
       with jax.transfer_guard('disallow'):
         self._state = step(self._state, batch)
-      self._step += 1
-      # The window before this step: the device is at work meanwhile.
+      self._step += config.steps_per_call
+      # The window before this call: the device is at work meanwhile.
       self._log()
       last = self._step == total
       full = last or self._step % config.log_every_steps == 0

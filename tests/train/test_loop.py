@@ -14,9 +14,6 @@ import subprocess
 import sys
 
 import jax
-from jax.experimental.compilation_cache import (
-  compilation_cache as compilation_cache_module,
-)
 import numpy as np
 import pytest
 
@@ -28,6 +25,8 @@ from mtl_jax.train import loop
 from mtl_jax.train import step as steps
 from mtl_jax.train import stopping
 from mtl_jax.train import window as windows
+
+pytestmark = pytest.mark.usefixtures('compilation_cache')
 
 # 64 steps an epoch. Logs, checkpoints and epochs end at different steps.
 _LOG, _SAVE, _STOP = 5, 8, 37
@@ -76,24 +75,6 @@ def _assert_same_run(workdir, reference):
     if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
       a, b = jax.random.key_data(a), jax.random.key_data(b)
     np.testing.assert_array_equal(a, b)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """All runs of this file are one program: compile it once, for their speed."""
-  options = {
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('cache')),
-    'jax_persistent_cache_min_compile_time_secs': 0.0,
-    'jax_persistent_cache_min_entry_size_bytes': -1,
-  }
-  with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-    for name, value in options.items():
-      patch.setenv(name.upper(), str(value))
-      stack.callback(jax.config.update, name, getattr(jax.config, name))
-      jax.config.update(name, value)
-    compilation_cache_module.reset_cache()
-    yield
-  compilation_cache_module.reset_cache()
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,75 @@
+"""What one call of the compiled step does: one update, or k of them."""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import jax
+import ml_collections
+
+from mtl_jax import types
+
+
+def make_call(
+  step: Callable[[Any, types.Batch], Any], steps_per_call: int
+) -> Callable[[Any, Any], Any]:
+  """Makes one function of `steps_per_call` updates, to be jitted.
+
+  Small models leave the device idle while Python starts the next step; k steps
+  in one call start it once. The updates are those of k calls.
+
+  On the CPU a model of convolutions may be slower inside a loop than outside.
+
+  Args:
+    step: `(state, batch) -> state`.
+    steps_per_call: k.
+
+  Returns:
+    `(state, inputs) -> state`. `inputs` is a batch for k = 1; for more they are
+    k batches, stacked along a new first axis.
+  """
+  if steps_per_call == 1:
+    return step
+
+  def steps(state, inputs):
+    return jax.lax.scan(lambda s, x: (step(s, x), None), state, inputs)[0]
+
+  return steps
+
+
+def stacked_shapes(batch: Any, steps_per_call: int) -> Any:
+  """Shapes of the inputs of a call, from arrays of one step."""
+  stack = () if steps_per_call == 1 else (steps_per_call,)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype), batch
+  )
+
+
+def check_steps_per_call(
+  config: ml_collections.ConfigDict, steps_per_epoch: int
+) -> None:
+  """Raises a ValueError if what is due after some step falls inside a call.
+
+  So there is no shorter call, not at the end of a run either.
+
+  Args:
+    config: of `configs/`.
+    steps_per_epoch: number of steps of an epoch.
+  """
+  epochs = f'epochs of {steps_per_epoch} steps'
+  intervals = {
+    f'log_every_steps = {config.log_every_steps}': config.log_every_steps,
+    f'checkpoint_every_steps = {config.checkpoint_every_steps}': (
+      config.checkpoint_every_steps
+    ),
+    f'eval_every_epochs = {config.eval_every_epochs} {epochs}': (
+      config.eval_every_epochs * steps_per_epoch
+    ),
+    f'epochs = {config.epochs} {epochs}': config.epochs * steps_per_epoch,
+  }
+  if any(steps % config.steps_per_call for steps in intervals.values()):
+    raise ValueError(
+      f'steps_per_call must divide {", ".join(intervals)}, got '
+      f'{config.steps_per_call}; their greatest common divisor is '
+      f'{math.gcd(*intervals.values())}'
+    )
