@@ -89,6 +89,9 @@ def make_config(
         'source_dir': _optional(str, None),
         # 'holdout' keeps a validation split out, 'paper' trains on everything.
         'split': 'holdout',
+        # Where the training split lies: 'host', or 'device' for one that fits
+        # there, on each; steps then get indices only.
+        'placement': 'host',
       },
       'model': {'name': model, 'sharing': sharing, 'kwargs': model_kwargs},
       'method': method,

@@ -8,10 +8,14 @@ import jax
 import ml_collections
 
 from mtl_jax import types
+from mtl_jax.train import placement as placements
 
 
 def make_call(
-  step: Callable[[Any, types.Batch], Any], steps_per_call: int
+  step: Callable[[Any, types.Batch], Any],
+  *,
+  steps_per_call: int,
+  placement: str,
 ) -> Callable[[Any, Any], Any]:
   """Makes one function of `steps_per_call` updates, to be jitted.
 
@@ -23,11 +27,28 @@ def make_call(
   Args:
     step: `(state, batch) -> state`.
     steps_per_call: k.
+    placement: where the training split lies, `'host'` or `'device'`.
 
   Returns:
-    `(state, inputs) -> state`. `inputs` is a batch for k = 1; for more they are
-    k batches, stacked along a new first axis.
+    `(state, inputs) -> state`. `inputs` is a batch with the data on the host,
+    and `(all examples, indices [B])` with the data on the device. For k > 1
+    there are k batches or k rows of indices, stacked along a new first axis.
   """
+  if placement == 'device':
+
+    def call(state, inputs):
+      data, indices = inputs
+
+      def taken(state, indices):
+        return step(state, placements.take(data, indices))
+
+      return _repeated(taken, steps_per_call)(state, indices)
+
+    return call
+  return _repeated(step, steps_per_call)
+
+
+def _repeated(step, steps_per_call):
   if steps_per_call == 1:
     return step
 

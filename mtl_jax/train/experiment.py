@@ -21,6 +21,7 @@ from mtl_jax.data import pipeline
 from mtl_jax.train import calls
 from mtl_jax.train import distributed
 from mtl_jax.train import optimizer
+from mtl_jax.train import placement
 from mtl_jax.train import step as steps
 from mtl_jax.train import window as windows
 
@@ -38,6 +39,7 @@ _POSITIVE = (
 _CHOICES = {
   'data.kind': ('real', 'synthetic'),
   'data.split': ('holdout', 'paper'),
+  'data.placement': ('host', 'device'),
   'engine': gradients.ENGINES,
   # Those that JAX has for all devices.
   'precision': (
@@ -70,6 +72,7 @@ class Experiment:
     mesh: all devices of all processes.
     sources: the data, `{'train': source, 'test': source}` and, where the config
       keeps one out, `'validation'`.
+    device_data: the training split on the devices; None if it is on the host.
     steps_per_epoch: number of steps of an epoch.
     total_steps: number of steps of the whole run.
     init: `() -> LoopState`, the state a run starts from.
@@ -85,6 +88,7 @@ class Experiment:
   model: types.Model
   mesh: jax.sharding.Mesh
   sources: dict[str, types.Source]
+  device_data: types.Batch | None
   steps_per_epoch: int
   total_steps: int
   init: Callable[[], LoopState]
@@ -102,16 +106,16 @@ class Experiment:
     what it is given has another shape.
     """
     start = time.perf_counter()
-    batch = _any_batch(self.sources['train'], self.config, self.mesh)
-    inputs = calls.stacked_shapes(batch, self.config.steps_per_call)
-    compiled = self.step.lower(state, inputs).compile()
+    batch = _any_batch(self._source(), self.config, self.mesh)
+    shapes = calls.stacked_shapes(batch, self.config.steps_per_call)
+    compiled = self.step.lower(state, self._inputs(shapes)).compile()
     return compiled, time.perf_counter() - start
 
   def train_batches(self, start_step: int) -> Iterator[types.Batch]:
     """The inputs of each call from a step on, on the mesh."""
     steps_per_call = self.config.steps_per_call
     for batch in pipeline.train_batches(
-      self.sources['train'],
+      self._source(),
       seed=self.config.seed,
       batch_size=self.config.batch_size,
       num_steps=self.total_steps,
@@ -120,7 +124,18 @@ class Experiment:
       process_count=jax.process_count(),
       steps_per_call=steps_per_call,
     ):
-      yield distributed.put_batch(batch, self.mesh, _row_axis(steps_per_call))
+      batch = distributed.put_batch(batch, self.mesh, _row_axis(steps_per_call))
+      yield self._inputs(batch)
+
+  def _source(self):
+    """What a step's batch is drawn from: examples, or their indices."""
+    source = self.sources['train']
+    if self.device_data is None:
+      return source
+    return placement.IndexSource(len(source))
+
+  def _inputs(self, batch):
+    return batch if self.device_data is None else (self.device_data, batch)
 
   def new_window(self) -> windows.Window:
     """A window of no steps, on the mesh."""
@@ -228,6 +243,11 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   batch = _any_batch(sources['train'], config, mesh)
   state = jax.eval_shape(init, batch)
   _, metrics = jax.eval_shape(step, state, batch)
+  inputs = distributed.batch_sharded(mesh, _row_axis(config.steps_per_call))
+  device_data = None
+  if config.data.placement == 'device':
+    device_data = placement.put(sources['train'], mesh)
+    inputs = (whole, inputs)
   sums = jax.eval_shape(eval_step, state.params, state.model_state, batch)
   empty_window = windows.empty(sorted(metrics), problem.task_names)
   return Experiment(
@@ -236,6 +256,7 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
     model=model,
     mesh=mesh,
     sources=sources,
+    device_data=device_data,
     steps_per_epoch=epoch,
     total_steps=total_steps,
     init=lambda: LoopState(
@@ -243,12 +264,13 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
       jax.device_put(empty_window, whole),
     ),
     step=jax.jit(
-      calls.make_call(step_and_add, config.steps_per_call),
-      donate_argnums=0,
-      in_shardings=(
-        whole,
-        distributed.batch_sharded(mesh, _row_axis(config.steps_per_call)),
+      calls.make_call(
+        step_and_add,
+        steps_per_call=config.steps_per_call,
+        placement=config.data.placement,
       ),
+      donate_argnums=0,
+      in_shardings=(whole, inputs),
       out_shardings=whole,
     ),
     eval_step=jax.jit(

@@ -1,0 +1,87 @@
+"""The training split on the devices: a step gets indices, not examples.
+
+Every device holds the whole split, so that whatever rows a step asks for are
+there. It takes them inside the compiled step, and no example crosses from the
+host while training.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtl_jax import types
+from mtl_jax.data import pipeline
+from mtl_jax.train import distributed
+
+
+class IndexSource:
+  """A source whose examples are their own indices, int32."""
+
+  def __init__(self, size: int):
+    """Takes the number of examples."""
+    self._size = size
+
+  def __len__(self) -> int:
+    """Number of examples."""
+    return self._size
+
+  def __getitems__(self, indices: np.ndarray) -> np.ndarray:
+    """The indices [B] themselves."""
+    return np.asarray(indices, np.int32)
+
+
+def put(source: types.Source, mesh: jax.sharding.Mesh) -> types.Batch:
+  """Puts all examples on every device.
+
+  Args:
+    source: the examples; the same ones in every process.
+    mesh: of `mtl_jax.train.distributed.make_mesh`.
+
+  Returns:
+    All examples as one batch, on every device of the mesh.
+
+  Raises:
+    ValueError: see `check_fits`.
+  """
+  arrays = pipeline.in_memory(source).arrays
+  size = sum(x.nbytes for x in jax.tree.leaves(arrays))
+  check_fits(size, mesh.local_devices)
+  sharding = distributed.replicated(mesh)
+  # Each process gives its own devices what it has read: nothing is sent.
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape),
+    arrays,
+  )
+
+
+def check_fits(size: int, devices: Iterable[Any]) -> None:
+  """Raises a ValueError if data take more than half of the free memory.
+
+  The other half is left to the model, whose need is not known yet. Devices that
+  do not tell their memory, as CPUs, are not asked for more.
+
+  Args:
+    size: number of bytes.
+    devices: where they are to lie, on each all of them.
+  """
+  for device in devices:
+    memory = device.memory_stats() or {}
+    if 'bytes_limit' not in memory:
+      continue
+    free = memory['bytes_limit'] - memory.get('bytes_in_use', 0)
+    if 2 * size > free:
+      raise ValueError(
+        f"data.placement is 'device', but the training split has {size} bytes, "
+        f"more than half of the {free} that are free on {device}; 'host' keeps "
+        'it there'
+      )
+
+
+def take(data: types.Batch, indices: jax.Array) -> types.Batch:
+  """The examples of `indices` [B] as a batch; for use inside `jit`."""
+  # The shuffle gives no index outside; a check would only cost.
+  return jax.tree.map(
+    lambda x: x.at[indices].get(mode='promise_in_bounds'), data
+  )
