@@ -116,6 +116,9 @@ def make_config(
       'micro_batches': 1,
       # Updates in one compiled call; must divide the intervals below.
       'steps_per_call': 1,
+      # Of the model's passes, 'float32' or 'bfloat16'; parameters, norms, Gram
+      # matrices, solvers, losses and the optimizer are float32 in either.
+      'compute_dtype': 'float32',
       # Of matrix products and convolutions, in both passes.
       'precision': 'highest',
       'eval_every_epochs': 1,

@@ -41,6 +41,7 @@ _CHOICES = {
   'data.split': ('holdout', 'paper'),
   'data.placement': ('host', 'device'),
   'engine': gradients.ENGINES,
+  'compute_dtype': ('float32', 'bfloat16'),
   # Those that JAX has for all devices.
   'precision': (
     *('default', 'high', 'highest'),
@@ -205,6 +206,7 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
     problem.tasks,
     sharing=config.model.sharing,
   )
+  model = models.in_dtype(model, config.compute_dtype)
   sources = _load(problem, config.data)
   epoch = pipeline.steps_per_epoch(sources['train'], config.batch_size)
   total_steps = config.epochs * epoch

@@ -18,6 +18,7 @@ from mtl_jax.train import checkpoint
 from mtl_jax.train import distributed
 from mtl_jax.train import experiment as experiments
 from mtl_jax.train import progress
+from mtl_jax.train import radius
 from mtl_jax.train import run_directory
 from mtl_jax.train import stopping
 from mtl_jax.train import window as windows
@@ -122,6 +123,7 @@ class _Run:
     # A window that is full and not yet logged, with its last step.
     self._full: tuple[int, windows.Window] | None = None
     self._record = self._make_record(resumed=restored is not None)
+    radius.warn_if_too_small(self._config, self._state.train.params['shared'])
 
   def run(self) -> dict[str, float]:
     """Takes the steps that are left."""
