@@ -5,7 +5,8 @@
 #     --workdir=runs/f_cagrad
 #
 # CUDA=12 or 13 (default) chooses the jax to install; CUDA_VISIBLE_DEVICES the
-# devices. The arguments go to mtl_jax.main.
+# devices. The arguments go to mtl_jax.main; --compilation_cache_dir=DIR spares
+# a run that is started again its compilation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/env.sh

@@ -8,7 +8,8 @@
 # folder that all workers see (a Filestore share, or a bucket mounted with
 # gcsfuse); the arguments go to mtl_jax.main. A slice is one jax job: the command has to start on all workers
 # (--worker=all), or the ones that did start wait for the others until the
-# initialisation times out.
+# initialisation times out. --compilation_cache_dir in the shared folder spares a
+# run that is started again its compilation.
 set -euo pipefail
 : "${TPU:?set TPU to the name of the TPU VM}" "${ZONE:?set ZONE to its zone}"
 

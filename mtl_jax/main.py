@@ -19,6 +19,7 @@ import sys
 from absl import app
 from absl import flags
 import absl.logging
+import jax
 import ml_collections
 from ml_collections import config_flags
 
@@ -51,6 +52,12 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which process this is.')
 _TIMEOUT = flags.DEFINE_integer(
   'initialization_timeout', 300, 'Seconds to wait for the other processes.'
+)
+_COMPILATION_CACHE = flags.DEFINE_string(
+  'compilation_cache_dir',
+  None,
+  'Keeps compiled programs in this folder: the same run started again, after '
+  'a stop or on many processes, does not compile again.',
 )
 
 
@@ -135,6 +142,22 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
   return app.parse_flags_with_usage(argv)
 
 
+def keep_compilations(directory: str) -> None:
+  """Makes JAX keep every compiled program in a folder, and look there first.
+
+  Args:
+    directory: the folder; made if it is not there.
+  """
+  # JAX leaves out what compiles in less than a second; starting a run needs
+  # many of those.
+  for name, value in (
+    ('jax_compilation_cache_dir', directory),
+    ('jax_persistent_cache_min_compile_time_secs', 0.0),
+    ('jax_persistent_cache_min_entry_size_bytes', -1),
+  ):
+    jax.config.update(name, value)
+
+
 def main(argv: Sequence[str]) -> None:
   """Starts JAX as the flags say and calls the loop."""
   if len(argv) > 1:
@@ -146,6 +169,8 @@ def main(argv: Sequence[str]) -> None:
   given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if _DISTRIBUTED.value or any(x is not None for x in given):
     distributed.initialize(*given, timeout_s=_TIMEOUT.value)
+  if _COMPILATION_CACHE.value:
+    keep_compilations(_COMPILATION_CACHE.value)
   try:
     metrics = loop.train(
       _CONFIG.value, _WORKDIR.value, overwrite_config=_OVERWRITE_CONFIG.value

@@ -127,3 +127,42 @@ def test_ctrl_c_saves_and_ends_with_its_own_status_and_a_message(tmp_path):
   (saved,) = (tmp_path / 'checkpoints').iterdir()
   last = json.loads(log.read_text().splitlines()[-1])
   assert last['step'] <= int(saved.name) < last['step'] + 5
+
+
+_CACHING = """
+import sys
+import jax
+from mtl_jax import main
+from mtl_jax.train import loop
+
+def train(config, workdir, **options):
+  # One of those that JAX by itself finds too small to keep.
+  return {'nine': jax.jit(lambda x: 3 * x)(3.0)}
+
+loop.train = train
+main.app.run(main.main, flags_parser=main.parse_flags)
+"""
+
+
+def test_second_process_finds_the_programs_that_the_first_compiled(tmp_path):
+  cache = tmp_path / 'cache'
+  found = []
+  for _ in range(2):
+    process = subprocess.run(
+      [
+        *(sys.executable, '-c', _CACHING, f'--config={_CONFIG}'),
+        *('--workdir=unused', f'--compilation_cache_dir={cache}'),
+      ],
+      cwd=_ROOT,
+      env={**os.environ, 'XLA_FLAGS': ''},
+      capture_output=True,
+      text=True,
+      timeout=120,
+      check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == 'nine 9.0000\n'
+    programs = [p for p in cache.iterdir() if p.name.endswith('-cache')]
+    found.append({p.name: p.stat().st_mtime_ns for p in programs})
+  assert any('lambda' in name for name in found[0])
+  assert found[1] == found[0]
