@@ -6,8 +6,8 @@
 For each radius, adaptive or not: the cosine of the shared part's flat gradients
 (mean over tasks) when the model's passes run in bfloat16 and in float32, with
 the same parameters and batch, at the start and after some steps of training.
-Beside it the radius that `mtl_jax.train.radius` calls the least that bfloat16
-resolves. Nothing here is a test.
+Beside it how far rounding moves the parameters, with which
+`mtl_jax.train.radius` compares a radius. Nothing here is a test.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def measure(name, batch_size, num_steps, seed=0):
   rows = []
   for when, state in trained(problem, model, batches, seed).items():
     for adaptive in (False, True):
-      least = radius.least(state.params['shared'], 7, adaptive)
+      moved = radius.rounding(state.params['shared'], 7, adaptive)
       for rho in RADII:
         args = (state.params, state.model_state, batches[-1], rho, adaptive)
         a, b = np.asarray(in_float32(*args)), np.asarray(in_bfloat16(*args))
@@ -107,7 +107,7 @@ def measure(name, batch_size, num_steps, seed=0):
             'adaptive': adaptive,
             'rho': rho,
             'cosine': round(float(np.mean((a * b).sum(1) / norms)), 4),
-            'least_radius': round(least, 4),
+            'rounding': round(moved, 4),
           }
         )
   return rows
@@ -120,15 +120,15 @@ def markdown(name, rows):
     '',
     '| parameters | radius | '
     + ' | '.join(f'{rho:g}' for rho in RADII)
-    + ' | least |',
+    + ' | rounding |',
     '|---' * (len(RADII) + 3) + '|',
   ]
   for first in range(0, len(rows), len(RADII)):
     part = rows[first : first + len(RADII)]
     kind = 'adaptive' if part[0]['adaptive'] else 'plain'
     cosines = ' | '.join(f'{row["cosine"]:.3f}' for row in part)
-    least = part[0]['least_radius']
-    lines.append(f'| {part[0]["when"]} | {kind} | {cosines} | {least:.3g} |')
+    moved = part[0]['rounding']
+    lines.append(f'| {part[0]["when"]} | {kind} | {cosines} | {moved:.3g} |')
   return '\n'.join(lines)
 
 

@@ -29,11 +29,11 @@ def _shared():
 
 
 @pytest.mark.parametrize('adaptive', [False, True])
-def test_least_radius_is_the_length_of_what_rounding_moves(adaptive):
+def test_rounding_is_what_a_cast_and_back_changes(adaptive):
   w = _shared()['kernel']
   error = w - w.astype(jnp.bfloat16).astype(np.float32)
   expected = np.linalg.norm(error / w if adaptive else error)
-  actual = radius.least(_shared(), 7, adaptive)
+  actual = radius.rounding(_shared(), 7, adaptive)
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
   # About a fifth of the distance between two numbers, at a random place.
   length = w.size**0.5 if adaptive else np.linalg.norm(w)
@@ -60,8 +60,10 @@ def test_bits_are_those_of_the_products(
 
 
 @pytest.mark.parametrize('adaptive', [False, True])
-def test_warned_of_is_a_radius_below_the_least_alone(adaptive, caplog):
-  least = radius.least(_shared(), 7, adaptive)
+def test_warned_of_is_a_radius_below_a_third_of_rounding_alone(
+  adaptive, caplog
+):
+  least = radius.rounding(_shared(), 7, adaptive) / 3
   for rho, dtype, warned in (
     (0.9 * least, 'bfloat16', True),
     (1.1 * least, 'bfloat16', False),
@@ -81,9 +83,7 @@ def test_run_warns_before_it_compiles(tmp_path, monkeypatch, caplog):
   with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
     loop.train(_config(), tmp_path)
   (record,) = [r for r in caplog.records if r.name == 'mtl_jax.train.radius']
-  assert 'method.flat.rho is 0.0001, but rounding to the 7 bits' in (
-    record.getMessage()
-  )
+  assert 'rounding to 7 bits (compute_dtype bfloat16' in record.getMessage()
 
 
 def test_evaluation_is_in_the_compute_dtype_too():
