@@ -6,3 +6,4 @@ from mtl_jax.models.mlp import MLP as MLP
 from mtl_jax.models.multi_task import make_model as make_model
 from mtl_jax.models.registry import by_name as by_name
 from mtl_jax.models.resnet import ResNet as ResNet
+from mtl_jax.models.vit import ViT as ViT

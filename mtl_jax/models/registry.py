@@ -9,16 +9,22 @@ from flax import linen as nn
 from mtl_jax.models import lenet
 from mtl_jax.models import mlp
 from mtl_jax.models import resnet
+from mtl_jax.models import vit
 
-_TRUNKS = {'lenet': lenet.LeNet, 'mlp': mlp.MLP, 'resnet18': resnet.ResNet}
+_TRUNKS = {
+  'lenet': lenet.LeNet,
+  'mlp': mlp.MLP,
+  'resnet18': resnet.ResNet,
+  'vit_s': vit.ViT,
+}
 
 
 def by_name(name: str, **kwargs) -> nn.Module:
   """The trunk of that name.
 
   Args:
-    name: `'lenet'`, `'mlp'` or `'resnet18'`.
-    **kwargs: attributes of `LeNet`, `MLP` or `ResNet`.
+    name: `'lenet'`, `'mlp'`, `'resnet18'` or `'vit_s'`.
+    **kwargs: attributes of `LeNet`, `MLP`, `ResNet` or `ViT`.
 
   Returns:
     The module, for `make_model`.

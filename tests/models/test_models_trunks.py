@@ -1,4 +1,4 @@
-"""LeNet, ResNet and MLP against the architectures they are named after."""
+"""LeNet, ResNet, MLP and ViT against the architectures they are named after."""
 
 import math
 
@@ -215,3 +215,72 @@ def test_mlp_is_its_layers_one_after_another():
 def test_dropout_that_is_no_probability_is_an_error(dropout):
   with pytest.raises(ValueError, match=f'dropout.*{dropout}'):
     _shapes(models.MLP(dropout=dropout))
+
+
+def test_vit_s_has_the_parameters_of_its_layers():
+  projection = 16 * 16 * 3 * 384 + 384
+  places = 14 * 14 * 384
+  attention = 4 * (384 * 384 + 384)
+  perceptron = 384 * 1536 + 1536 + 1536 * 384 + 384
+  total = projection + places + 12 * (attention + perceptron + 4 * 384) + 768
+  assert total == 21_664_896
+  trunk = models.by_name('vit_s', patch_size=16)
+  assert _size(_shapes(trunk, (224, 224, 3))) == total
+
+
+def test_vit_is_its_layers_one_after_another():
+  trunk = models.ViT(patch_size=2, width=6, blocks=2, heads=3, hidden=5)
+  image = np.random.default_rng(0).random((2, 4, 6, 2), np.float32)
+  variables = _values(_shapes(trunk, image.shape[1:]), seed=1)
+  params = jax.tree.map(np.float64, variables['params'])
+
+  def norm(x, layer):
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + 1e-6) * layer['scale'] + layer[
+      'bias'
+    ]
+
+  def attend(x, layer):
+    query, key, value = (
+      np.einsum('pi,ihd->hpd', x, layer[name]['kernel'])
+      + layer[name]['bias'][:, None]
+      for name in ('query', 'key', 'value')
+    )
+    out = np.zeros(x.shape)
+    for head in range(3):
+      scores = np.exp(query[head] @ key[head].T / 2**0.5)
+      mixed = scores / scores.sum(1, keepdims=True) @ value[head]
+      out += mixed @ layer['out']['kernel'][head]
+    return out + layer['out']['bias']
+
+  gelu = np.vectorize(lambda x: x * (1 + math.erf(x / 2**0.5)) / 2)
+  expected = []
+  for picture in image:
+    patches = [
+      picture[i : i + 2, j : j + 2].ravel()
+      for i in range(0, 4, 2)
+      for j in range(0, 6, 2)
+    ]
+    x = numpy_layers.dense(np.float64(patches), params['projection'])
+    x = x + params['places'][0]
+    for index in (1, 2):
+      block = params[f'block_{index}']
+      x = x + attend(norm(x, block['norm_1']), block['attention'])
+      y = numpy_layers.dense(norm(x, block['norm_2']), block['dense_1'])
+      x = x + numpy_layers.dense(gelu(y), block['dense_2'])
+    expected.append(norm(x, params['norm']).mean(0))
+  np.testing.assert_allclose(
+    jax.jit(trunk.apply)(variables, image), expected, **_RTOL
+  )
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'message'),
+  [
+    ({'patch_size': 5}, 'patch_size must divide the image of 36x36, got 5'),
+    ({'heads': 7}, 'heads must divide width 384, got 7'),
+  ],
+)
+def test_vit_whose_sizes_do_not_divide_is_an_error(kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    _shapes(models.ViT(**kwargs))
