@@ -1,9 +1,12 @@
 """A multi-layer perceptron on flattened images."""
 
+import functools
+
 from flax import linen as nn
 import jax
 
 from mtl_jax.models import layers
+from mtl_jax.models import remat as remats
 
 
 class MLP(nn.Module):
@@ -14,10 +17,13 @@ class MLP(nn.Module):
       any, the output is the flattened image.
     dropout: probability with which an activation is dropped in training, after
       every layer; the others are scaled by 1 / (1 - dropout).
+    remat: `'blocks'` computes each layer again in the backward pass, once for
+      every task, instead of keeping its values; `'none'` keeps them.
   """
 
   widths: tuple[int, ...] = (128, 64)
   dropout: float = 0.0
+  remat: str = 'none'
 
   @nn.compact
   def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
@@ -26,7 +32,15 @@ class MLP(nn.Module):
       raise ValueError(f'dropout must be in [0, 1), got {self.dropout}')
     x = image.reshape(image.shape[0], -1)
     for index, width in enumerate(self.widths):
-      x = layers.dense(width, x.shape[-1], f'dense_{index + 1}')(x)
-      x = nn.relu(x)
-      x = nn.Dropout(self.dropout, deterministic=not train)(x)
+      layer = functools.partial(_layer, index=index, width=width)
+      x = remats.of_block(layer, self.remat)(self, x, train)
     return x
+
+
+def _layer(mlp, x, train, *, index, width):
+  x = layers.dense(width, x.shape[-1], f'dense_{index + 1}')(x)
+  # Named, since names given by counting would start again in every layer.
+  dropout = nn.Dropout(
+    mlp.dropout, deterministic=not train, name=f'Dropout_{index}'
+  )
+  return dropout(nn.relu(x))

@@ -6,6 +6,7 @@ from flax import linen as nn
 import jax
 
 from mtl_jax.models import layers
+from mtl_jax.models import remat as remats
 
 _kaiming_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
@@ -32,6 +33,8 @@ class ResNet(nn.Module):
     widths: channels of each stage; the first convolution has the first of them.
     blocks: number of basic blocks of each stage.
     features: width of the output.
+    remat: `'blocks'` computes each block again in the backward pass, once for
+      every task, instead of keeping its values; `'none'` keeps them.
 
   References:
     He et al., `Deep Residual Learning for Image Recognition
@@ -44,6 +47,7 @@ class ResNet(nn.Module):
   widths: Sequence[int] = (64, 128, 256, 512)
   blocks: Sequence[int] = (2, 2, 2, 2)
   features: int = 100
+  remat: str = 'none'
 
   @nn.compact
   def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
@@ -53,6 +57,7 @@ class ResNet(nn.Module):
         f'widths {tuple(self.widths)} and blocks {tuple(self.blocks)} must have'
         ' one entry for each stage'
       )
+    make_block = remats.of_block(_BasicBlock, self.remat)
     x = layers.conv(self.widths[0], 7, stride=2, padding=3, name='conv')(image)
     x = nn.relu(_batch_norm(train, 'norm')(x))
     x = layers.max_pool(x, 3, 2, 1)
@@ -61,7 +66,7 @@ class ResNet(nn.Module):
     ):
       for block in range(count):
         stride = 2 if stage > 0 and block == 0 else 1
-        x = _BasicBlock(width, stride, name=f'block_{stage + 1}_{block + 1}')(
+        x = make_block(width, stride, name=f'block_{stage + 1}_{block + 1}')(
           x, train
         )
     x = x.mean((1, 2))
