@@ -159,3 +159,42 @@ def test_run_cannot_go_on_from_within_a_call(tmp_path, monkeypatch):
 def test_what_would_fall_inside_a_call_is_an_error(changes, message):
   with pytest.raises(ValueError, match=message):
     experiments.make_experiment(_config(**changes))
+
+
+def _talks_to_host(compiled):
+  words = ('callback', 'infeed', 'outfeed', 'send(', 'recv(')
+  return any(word in compiled.as_text() for word in words)
+
+
+@pytest.fixture(scope='module')
+def compiled():
+  """An experiment, its first state and its compiled call."""
+  experiment = _experiment()
+  state = experiment.init()
+  with jax.default_matmul_precision(experiment.config.precision):
+    return experiment, state, experiment.compile_step(state)[0]
+
+
+def test_call_asks_the_host_for_nothing_and_frees_the_old_state(compiled):
+  experiment, state, call = compiled
+  inputs = next(experiment.train_batches(0))
+  with jax.transfer_guard('disallow'):
+    after = call(state, inputs)
+  assert int(after.train.step) == _K
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(inputs))
+  assert not _talks_to_host(call)
+  # What the words above are there to find.
+  shown = jax.jit(lambda x: jax.debug.print('{}', x)).lower(1.0).compile()
+  assert _talks_to_host(shown)
+
+
+def test_batch_that_was_left_on_the_host_stops_a_run(tmp_path, monkeypatch):
+  batches = experiments.Experiment.train_batches
+
+  def on_host(self, start_step):
+    yield from map(jax.device_get, batches(self, start_step))
+
+  monkeypatch.setattr(experiments.Experiment, 'train_batches', on_host)
+  with pytest.raises(RuntimeError, match='Disallowed host-to-device transfer'):
+    loop.train(_config(), tmp_path)
