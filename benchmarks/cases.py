@@ -1,0 +1,294 @@
+"""What is measured: a case, and our train step on it.
+
+A case is a model, a number of tasks and a batch. All variants of a case start
+from the same parameters and see the same batch, so that what they compute can
+be compared before it is timed.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import dataclasses
+import functools
+import time
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import mtl_jax
+from mtl_jax import models
+from mtl_jax import types
+from mtl_jax.data import synthetic
+from mtl_jax.losses import classification as losses
+from mtl_jax.metrics import classification as metrics
+from mtl_jax.train import step as step_lib
+
+NUM_CLASSES = 10
+RHO = 0.05
+C = 0.4
+LEARNING_RATE = 1e-3
+# Adam's first moment after one step, over this, is the gradient of that step.
+FIRST_MOMENT = 0.1
+
+_TORCH_NAMES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
+
+AGGREGATORS = {
+  'linear': mtl_jax.linear,
+  'cagrad': functools.partial(mtl_jax.cagrad, c=C),
+  'mgda': mtl_jax.mgda,
+  'pcgrad': mtl_jax.pcgrad,
+  'upgrad': mtl_jax.upgrad,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A model, its tasks and its batch.
+
+  Attributes:
+    model: name of the trunk, for `mtl_jax.models.by_name`.
+    tasks: T.
+    batch: B.
+    image_shape: (height, width, channels).
+    options: attributes of the trunk.
+  """
+
+  model: str
+  tasks: int
+  batch: int
+  image_shape: tuple[int, int, int] = (36, 36, 1)
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def label(self) -> str:
+    widths = '-'.join(map(str, self.options.get('widths', ())))
+    name = f'{self.model} {widths}'.strip()
+    return f'{name}, T={self.tasks}, batch {self.batch}'
+
+
+class Spec(NamedTuple):
+  """A variant of a case.
+
+  Attributes:
+    library: `'ours'`, `'pytorch'`, `'torchjd'` or `'optax'`.
+    method: `'plain'`, the mean loss by one backward pass; an aggregator of
+      `AGGREGATORS`; one with `'flat '` before it; or `'sam'`, which for one
+      task is `'flat linear'` with one norm over all parameters.
+    engine: of ours; see `mtl_jax.task_grad`.
+    dtype: in which ours computes; parameters are float32 always.
+  """
+
+  library: str
+  method: str
+  engine: str = 'unroll'
+  dtype: str = 'float32'
+
+  @property
+  def label(self) -> str:
+    extras = [
+      value
+      for value, usual in ((self.engine, 'unroll'), (self.dtype, 'float32'))
+      if value != usual
+    ]
+    return ' '.join([self.library, self.method, *extras])
+
+
+class First(NamedTuple):
+  """What the first step computed: losses [T] and the gradient for Adam."""
+
+  losses: np.ndarray
+  update: types.Params
+
+
+class Variant(NamedTuple):
+  """Something to be timed.
+
+  Attributes:
+    spec: which variant it is.
+    first: does the first step and returns what it computed; called once.
+    run: `run(n)` does n steps and blocks until they are done.
+    facts: what compilation tells, for the results; empty where nothing is
+      compiled.
+  """
+
+  spec: Spec
+  first: Callable[[], First]
+  run: Callable[[int], None]
+  facts: dict[str, Any]
+
+
+def is_flat(method: str) -> bool:
+  """Whether a method has a second pass, at perturbed parameters."""
+  return method == 'sam' or method.startswith('flat ')
+
+
+def problem_of(case: Case) -> types.Problem:
+  """Classification tasks on one image, all labels present."""
+  tasks = tuple(
+    types.Task(
+      f'task_{i}', NUM_CLASSES, losses.cross_entropy, (metrics.accuracy(),)
+    )
+    for i in range(case.tasks)
+  )
+  return types.Problem(
+    name=case.label,
+    tasks=tasks,
+    image_shape=case.image_shape,
+    load=lambda split: synthetic.synthetic_source(
+      case.image_shape, [t.name for t in tasks], NUM_CLASSES, case.batch
+    ),
+    preprocess=lambda batch: batch,
+  )
+
+
+def batch_of(case: Case) -> dict[str, Any]:
+  """The batch as NumPy arrays: images float32, labels int32, masks of ones."""
+  problem = problem_of(case)
+  batch = dict(problem.load('train').__getitems__(np.arange(case.batch)))
+  # Centred, as a net's inputs usually are.
+  image = batch['image'].astype(np.float32) / 255 - 0.5
+  ones = np.ones(case.batch, np.float32)
+  return {
+    'image': image,
+    'labels': batch['labels'],
+    'mask': {task: ones for task in problem.task_names},
+  }
+
+
+def model_of(case: Case, dtype: str = 'float32') -> types.Model:
+  """The model; in another dtype it casts float32 parameters and images."""
+  trunk = models.by_name(case.model, **case.options)
+  model = models.make_model(trunk, problem_of(case).tasks)
+  if dtype == 'float32':
+    return model
+
+  def apply(params, model_state, batch, **keywords):
+    low = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+    predictions, new_state = model.apply(
+      low(params),
+      model_state,
+      {**batch, 'image': low(batch['image'])},
+      **keywords,
+    )
+    # Losses, and the statistics of BatchNorm, stay in float32.
+    predictions = jax.tree.map(lambda x: x.astype(jnp.float32), predictions)
+    return predictions, jax.tree.map(
+      lambda new, old: new.astype(old.dtype), new_state, model_state
+    )
+
+  return types.Model(model.init, apply)
+
+
+def initial_params(case: Case) -> types.Params:
+  """The parameters that all variants of a case start from, NumPy arrays."""
+  problem, model = problem_of(case), model_of(case)
+  state = step_lib.init_state(
+    problem, model, optax.identity(), seed=0, batch=batch_of(case)
+  )
+  return jax.tree.map(np.asarray, state.params)
+
+
+def optimizer_of(
+  method: str, names: tuple[str, ...]
+) -> tuple[optax.GradientTransformation, Any]:
+  """The transformation of a method with Adam after it, and its weighting."""
+  adam = optax.adam(LEARNING_RATE)
+  if method == 'plain':
+    return adam, mtl_jax.equal_weights()
+  inner = 'linear' if method == 'sam' else method.removeprefix('flat ')
+  aggregator = AGGREGATORS[inner](num_tasks=len(names))
+  if is_flat(method):
+    norm = 'joint' if method == 'sam' else 'separate'
+    aggregator = mtl_jax.flat_minima(aggregator, names, RHO, norm=norm)
+  else:
+    aggregator = mtl_jax.shared_only(aggregator, names)
+  return optax.chain(aggregator, adam), None
+
+
+def ours(case: Case, spec: Spec) -> Variant:
+  """Our train step, compiled, with its state donated as in training."""
+  problem, model = problem_of(case), model_of(case, spec.dtype)
+  tx, weighting = optimizer_of(spec.method, problem.task_names)
+  step = step_lib.make_train_step(
+    problem, model, tx, engine=spec.engine, weighting=weighting
+  )
+  batch = jax.tree.map(jnp.asarray, batch_of(case))
+  state = step_lib.init_state(
+    problem, model, tx, seed=0, batch=batch, weighting=weighting
+  )
+  compiled, facts = compile_step(step, state, batch)
+  held = {'state': state, 'metrics': {}}
+
+  def run(count):
+    for _ in range(count):
+      held['state'], held['metrics'] = compiled(held['state'], batch)
+    jax.block_until_ready(held)
+
+  def first():
+    run(1)
+    moment = optax.tree.get(held['state'].opt_state, 'mu')
+    return First(
+      np.stack(
+        [np.asarray(held['metrics'][f'{t}/loss']) for t in problem.task_names]
+      ),
+      jax.tree.map(lambda m: np.asarray(m) / FIRST_MOMENT, moment),
+    )
+
+  return Variant(spec, first, run, facts)
+
+
+def compile_step(step, state, batch) -> tuple[Callable[..., Any], dict]:
+  """The compiled step, and what its compilation tells."""
+  start = time.perf_counter()
+  compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+  seconds = time.perf_counter() - start
+  return compiled, {
+    'compile_s': round(seconds, 2),
+    'temporary_bytes': int(compiled.memory_analysis().temp_size_in_bytes),
+    'flops': _flops(compiled),
+  }
+
+
+def forward_flops(case: Case) -> float:
+  """Operations of one compiled forward pass of all tasks: the unit."""
+  problem, model = problem_of(case), model_of(case)
+  batch = jax.tree.map(jnp.asarray, batch_of(case))
+  params, model_state = model.init(jax.random.key(0), batch)
+
+  def forward(params, model_state, batch):
+    predictions, _ = model.apply(params, model_state, batch, train=True)
+    return step_lib.task_losses(problem, predictions, batch)
+
+  return _flops(jax.jit(forward).lower(params, model_state, batch).compile())
+
+
+def _flops(compiled):
+  # XLA counts the body of a loop once, however often it runs.
+  return float((compiled.cost_analysis() or {}).get('flops', float('nan')))
+
+
+def num_parameters(params: types.Params) -> dict[str, int]:
+  """How many parameters there are, and how many bytes the shared ones are."""
+  return {
+    'parameters': sum(int(x.size) for x in jax.tree.leaves(params)),
+    'shared_bytes': sum(
+      int(x.nbytes) for x in jax.tree.leaves(params['shared'])
+    ),
+  }
+
+
+def by_name(tree: Any) -> dict[str, np.ndarray]:
+  """A tree laid out like our parameters as PyTorch's names and layouts."""
+  found = {}
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    *parts, kind = [key.key for key in path]
+    if parts[0] == 'heads':  # Head of 'task_3' is number 3 of the list.
+      parts[1] = parts[1].removeprefix('task_')
+    value = np.asarray(leaf)
+    if kind == 'kernel':
+      value = value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0))
+    found['.'.join([*parts, _TORCH_NAMES[kind]])] = value
+  return found

@@ -1,0 +1,213 @@
+"""Time, memory and operations of one joint update, ours beside the peers'.
+
+  python -m benchmarks.joint_update --out=results/benchmarks/joint_update.json
+
+The variants of a case take turns in one process; before that their first step
+is compared, and one that computes something else stops the run. The peers (`pip
+install -r benchmarks/requirements.txt`) run in PyTorch's eager mode on all
+cores; without them ours run alone. Each section is saved when it is done, into
+the same file: sections can be run at different times. On a GPU, set
+XLA_PYTHON_CLIENT_PREALLOCATE=false so that PyTorch finds memory too. The machine
+should have nothing else to do: PyTorch's threads wait for each other at every
+operation, and lose more than ours where a core is taken away.
+
+Nothing here is a test. `--quick` shows in two minutes that everything works.
+"""
+
+import argparse
+import gc
+import importlib.util
+import pathlib
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+
+from benchmarks import cases
+from benchmarks import optax_peer
+from benchmarks import records
+from benchmarks import sections as section_lib
+from benchmarks import timing
+from mtl_jax import types
+
+# What float32 leaves between two orders of the same sums. A kink of ReLU that
+# the perturbation crosses on one side only is more than rounding.
+_LARGEST_DIFFERENCE = 1e-2
+
+
+def device_of_peers(threads: int) -> str | None:
+  """Where PyTorch runs, or None where it is not there or has not our device."""
+  if any(importlib.util.find_spec(n) is None for n in ('torch', 'torchjd')):
+    return None
+  import torch
+
+  torch.set_num_threads(threads)
+  if jax.default_backend() == 'cpu':
+    return 'cpu'
+  return 'cuda' if torch.cuda.is_available() else None
+
+
+def make_variant(
+  case: cases.Case, spec: cases.Spec, params: types.Params, device: str | None
+) -> cases.Variant | None:
+  """The variant, or None where its library or its model is not there."""
+  if spec.library == 'ours':
+    return cases.ours(case, spec)
+  if spec.library == 'optax':
+    return optax_peer.variant(case, spec, params)
+  if device is None:
+    return None
+  from benchmarks import torch_models
+  from benchmarks import torch_peers
+
+  if not torch_models.has_model(case.model):
+    return None
+  return torch_peers.variant(case, spec, params, device)
+
+
+def compared(
+  variants: dict[str, cases.Variant],
+) -> list[dict[str, Any]]:
+  """The first step of each variant beside that of ours, where there is one.
+
+  Raises:
+    RuntimeError: where a variant computes something else than ours. TorchJD's
+      solvers and bfloat16 may differ: they are reported.
+  """
+  first = {label: variant.first() for label, variant in variants.items()}
+  found = []
+  for label, variant in variants.items():
+    spec = variant.spec
+    reference = cases.Spec('ours', spec.method).label
+    if reference not in variants:
+      continue
+    if reference == label:
+      continue
+    mine, theirs = first[label], first[reference]
+    record = records.agreement(label, _named(mine), reference, _named(theirs))
+    found.append(record)
+    exact = spec.library != 'torchjd' and spec.dtype == 'float32'
+    if exact and not record['relative_difference'] < _LARGEST_DIFFERENCE:
+      raise RuntimeError(f'{label} computes something else: {record}')
+  return found
+
+
+def _named(first: cases.First) -> cases.First:
+  """The update by the names that PyTorch has for parameters."""
+  if set(first.update) != {'shared', 'heads'}:
+    return first
+  return first._replace(update=cases.by_name(first.update))
+
+
+def run_group(
+  group: section_lib.Group, device: str | None, limits: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+  """Rows, agreement and the variants left out of one group."""
+  case = group.case
+  made = {spec.label: make_variant(case, spec, device) for spec in group.specs}
+  left_out = [label for label, variant in made.items() if variant is None]
+  variants = {
+    label: variant for label, variant in made.items() if variant is not None
+  }
+  agreement = compared(variants)
+  times = timing.take_turns(
+    {label: variant.run for label, variant in variants.items()}, **limits
+  )
+  sizes = cases.num_parameters(params)
+  rows = records.rows(case, variants, times, sizes, cases.forward_flops(case))
+  return rows, [{'case': case.label, **a} for a in agreement], left_out
+
+
+def run_section(
+  groups: list[section_lib.Group], device: str | None, limits: dict[str, Any]
+) -> dict[str, Any]:
+  """All that is saved of a section; prints it case by case."""
+  start = time.perf_counter()
+  result: dict[str, Any] = {
+    'machine': timing.machine(),
+    'peers': 'eager PyTorch' if device else 'not installed: ours alone',
+    'rows': [],
+    'agreement': [],
+    'left_out': [],
+  }
+  for group in groups:
+    rows, agreement, left_out = run_group(group, device, limits)
+    result['rows'] += rows
+    result['agreement'] += agreement
+    result['left_out'] += [f'{group.case.label}: {x}' for x in left_out]
+    print(records.markdown(rows))
+    for record in agreement:
+      print(
+        f'{record["variant"]} computes what {record["reference"]} does: '
+        f'losses to {record["losses_relative_difference"]}, gradient to '
+        f'{record["relative_difference"]}, cosine {record["cosine"]}'
+      )
+    if left_out:
+      print(f'left out, not installed or not written: {", ".join(left_out)}')
+    print(flush=True)
+    gc.collect()  # What a case held, before the next one is made.
+  stats = jax.devices()[0].memory_stats() or {}
+  # Linux counts in KiB, macOS in bytes. Both are the peak of the process, so
+  # of the sections before this one too.
+  unit = 1 if sys.platform == 'darwin' else 1024
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  return {
+    **result,
+    'device_peak_bytes': stats.get('peak_bytes_in_use'),
+    'process_peak_rss_bytes': peak,
+    'seconds': round(time.perf_counter() - start, 1),
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--out', type=pathlib.Path, required=True)
+  parser.add_argument(
+    '--sections', default='', help='names with commas between; all by default'
+  )
+  parser.add_argument('--engine', default='unroll')
+  parser.add_argument(
+    '--budget_s',
+    type=float,
+    default=15.0,
+    help='no further turn of a case begins after so many seconds',
+  )
+  parser.add_argument(
+    '--quick', action='store_true', help='tiny sizes, to see that it works'
+  )
+  args = parser.parse_args()
+
+  jax.config.update('jax_default_matmul_precision', 'highest')
+  groups = section_lib.all_sections(args.engine)
+  names = args.sections.split(',') if args.sections else list(groups)
+  unknown = set(names) - set(groups)
+  if unknown:
+    parser.error(
+      f'unknown sections {sorted(unknown)}, there are {list(groups)}'
+    )
+  limits = {'budget_s': args.budget_s}
+  if args.quick:
+    groups = section_lib.quick(groups)
+    limits = {'warm_up': 1, 'least': 2, 'most': 2}
+    jax.config.update('jax_disable_most_optimizations', True)
+  # One thread has no other to wait for, whatever else the machine does.
+  device = device_of_peers(1 if args.quick else timing.cores())
+  for name in names:
+    print(f'## {name}\n', flush=True)
+    section = run_section(groups[name], device, limits)
+    records.save(
+      args.out,
+      {
+        'what': 'one joint update: float32, precision highest, Adam; '
+        f'rho {cases.RHO}, CAGrad c {cases.C}',
+        'command': 'python -m benchmarks.joint_update',
+        'sections': {name: {'engine': args.engine, **section}},
+      },
+    )
+    print(f'{name}: {section["seconds"]} s\n', flush=True)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,164 @@
+"""Which cases and variants each section of the joint update's benchmark has."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+from typing import NamedTuple
+
+from benchmarks.cases import Case
+from benchmarks.cases import Spec
+from mtl_jax import models
+
+_ENGINES = ('unroll', 'vmap', 'scan')
+_TASKS = (1, 2, 3, 5, 10, 20, 40)
+_WIDE = (512, 512)
+# Two layers of these widths on 36x36 images: 10^5, 10^6, 10^7, 10^8 parameters.
+_WIDTHS = (70, 540, 2580, 9370)
+
+
+class Group(NamedTuple):
+  """Variants of one case, which take turns."""
+
+  case: Case
+  specs: tuple[Spec, ...]
+
+
+def all_sections(engine: str) -> dict[str, list[Group]]:
+  """The sections by name.
+
+  Args:
+    engine: of ours, wherever engines are not what is compared.
+
+  Returns:
+    `{section: groups}`.
+  """
+  ours = lambda *methods: [Spec('ours', m, engine) for m in methods]
+  torch = lambda *methods: [Spec('pytorch', m) for m in methods]
+  lenet = lambda tasks, batch: Case('lenet', tasks, batch)
+  mlp = lambda tasks, batch, widths=_WIDE: Case(
+    'mlp', tasks, batch, options={'widths': widths}
+  )
+  # Ours plain is one backward pass, whatever the engine.
+  plain = [Spec('ours', 'plain')]
+  pair = (
+    *plain,
+    *ours('flat cagrad'),
+    *torch('plain', 'flat cagrad'),
+  )
+
+  goals = (
+    *plain,
+    *ours('linear', 'flat linear', 'flat cagrad'),
+    *torch('plain', 'flat linear', 'flat cagrad'),
+  )
+  peers = ('upgrad', 'mgda', 'pcgrad')
+  torchjd = (*ours(*peers), *(Spec('torchjd', m) for m in peers))
+  sam = (*plain, *ours('sam'), Spec('optax', 'sam'))
+  return {
+    'goals': [
+      Group(lenet(2, 256), goals),
+      Group(Case('resnet18', 2, 64), goals),
+      Group(mlp(10, 256), goals),
+    ],
+    'peers': [
+      Group(lenet(2, 256), torchjd),
+      Group(mlp(10, 256), torchjd),
+      Group(lenet(1, 256), sam),
+      Group(mlp(1, 256), sam),
+    ],
+    'tasks': [
+      Group(make(tasks, batch), pair)
+      for make, batch in ((mlp, 128), (lenet, 64))
+      for tasks in _TASKS
+    ],
+    'parameters': [
+      *(Group(mlp(2, 64, (width, width)), pair) for width in _WIDTHS),
+      Group(lenet(2, 64), pair),
+      Group(Case('resnet18', 2, 64), pair),
+      *(
+        [Group(Case('vit_s', 2, 64), (*plain, *ours('flat cagrad')))]
+        if _is_registered('vit_s')
+        else []
+      ),
+    ],
+    'batch': [
+      Group(make(2, batch), pair)
+      for make in (mlp, lenet)
+      for batch in (16, 64, 256, 1024)
+    ],
+    'engines': [
+      Group(
+        case,
+        tuple(
+          [
+            *plain,
+            *(
+              Spec('ours', method, engine)
+              for method in ('linear', 'cagrad', 'flat cagrad')
+              for engine in _ENGINES
+            ),
+          ]
+        ),
+      )
+      for case in (lenet(2, 64), mlp(2, 256), mlp(10, 256))
+    ],
+    'dtypes': [
+      Group(
+        case,
+        tuple(
+          Spec('ours', method, method_engine, dtype)
+          for method, method_engine in (
+            ('plain', 'unroll'),
+            ('flat cagrad', engine),
+          )
+          for dtype in ('float32', 'bfloat16')
+        ),
+      )
+      for case in (lenet(2, 256), mlp(10, 256))
+    ],
+  }
+
+
+def quick(sections: Mapping[str, Sequence[Group]]) -> dict[str, list[Group]]:
+  """The same sections at sizes that take seconds, to see that they work.
+
+  Args:
+    sections: those of `all_sections`.
+
+  Returns:
+    Of each section one group of each set of variants, the MLP's; of the goals
+    that of every model. Models and batches are small, tasks at most three.
+  """
+  found = {}
+  for name, groups in sections.items():
+    small = {}
+    for group in groups:
+      case = group.case
+      if case.model in _SMALL and (name == 'goals' or case.model == 'mlp'):
+        small[case.model, group.specs] = group._replace(
+          case=dataclasses.replace(
+            case,
+            tasks=min(case.tasks, 3),
+            batch=8,
+            image_shape=_SMALL_IMAGE,
+            options=_SMALL[case.model],
+          )
+        )
+    found[name] = list(small.values())
+  return found
+
+
+_SMALL_IMAGE = (20, 20, 1)
+_SMALL = {
+  'mlp': {'widths': (16, 8)},
+  'lenet': {},
+  'resnet18': {'widths': (4, 8), 'blocks': (1, 1), 'features': 8},
+}
+
+
+def _is_registered(model: str) -> bool:
+  try:
+    models.by_name(model)
+  except ValueError:  # The registry's answer for a name it lacks.
+    return False
+  return True
