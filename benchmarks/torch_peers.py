@@ -51,14 +51,7 @@ def variant(
   # Full float32, as JAX's precision 'highest'.
   torch.backends.cudnn.allow_tf32 = False
   torch.backends.cuda.matmul.allow_tf32 = False
-  model = torch_models.make(case, params, device)
-  batch = cases.batch_of(case)
-  image = torch.from_numpy(batch['image'].transpose(0, 3, 1, 2).copy())
-  image = image.to(device)
-  labels = [
-    torch.from_numpy(label.astype(np.int64)).to(device)
-    for label in batch['labels'].values()
-  ]
+  model, image, labels = _prepared(case, params, device, torch.float32)
   optimizer = torch.optim.Adam(model.parameters(), cases.LEARNING_RATE)
   fill = _filler(spec)
 
@@ -74,17 +67,37 @@ def variant(
     if device == 'cuda':
       torch.cuda.synchronize()
 
-  def first():
-    losses = step()
-    return cases.First(
-      torch.stack(losses).detach().cpu().numpy(),
-      {
-        name: parameter.grad.detach().cpu().numpy()
-        for name, parameter in model.named_parameters()
-      },
-    )
+  return cases.Variant(spec, lambda: _first(step(), model), run, {})
 
-  return cases.Variant(spec, first, run, {})
+
+def in_float64(
+  case: cases.Case, spec: cases.Spec, params: types.Params
+) -> cases.First:
+  """What the first step of a variant computes in float64, on the CPU."""
+  model, image, labels = _prepared(case, params, 'cpu', torch.float64)
+  return _first(_filler(spec)(model, image, labels), model)
+
+
+def _prepared(case, params, device, dtype):
+  """The model, the images [B, C, H, W] and the labels of each task."""
+  model = torch_models.make(case, params, device).to(dtype)
+  batch = cases.batch_of(case)
+  image = torch.from_numpy(batch['image'].transpose(0, 3, 1, 2).copy())
+  labels = [
+    torch.from_numpy(label.astype(np.int64)).to(device)
+    for label in batch['labels'].values()
+  ]
+  return model, image.to(device, dtype), labels
+
+
+def _first(losses, model):
+  return cases.First(
+    torch.stack(losses).detach().cpu().numpy(),
+    {
+      name: parameter.grad.detach().cpu().numpy()
+      for name, parameter in model.named_parameters()
+    },
+  )
 
 
 def _filler(spec) -> Callable[..., list[torch.Tensor]]:
