@@ -1,6 +1,6 @@
 """Time of each Gram-based method's solver beside a ResNet-18 step.
 
-  python benchmarks/solver_cost.py --out=results/benchmarks/solver_cost.json
+  python -m benchmarks.solver_cost --out=results/benchmarks/solver_cost.json
 
 What is timed of a method is its whole update of gradients with 64 coordinates,
 which is its map from the Gram matrix to weights at its default iterations and
@@ -12,12 +12,9 @@ largest one measured, which gives an upper bound. Nothing here is a test.
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import json
 import pathlib
-import platform
 import time
 
 import jax
@@ -25,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import timing
 import mtl_jax
 from mtl_jax import models
 from mtl_jax import problems
@@ -114,25 +112,32 @@ def compiled_step(size, batch_size):
   return compiled, (state, batch)
 
 
-def timed(compiled, args):
-  start = time.perf_counter()
-  jax.block_until_ready(compiled(*args))
-  return time.perf_counter() - start
+def run_of(compiled, args):
+  """`run(n)` for `timing.take_turns`, always from the same arguments."""
+
+  def run(count):
+    for _ in range(count):
+      out = compiled(*args)
+    jax.block_until_ready(out)
+
+  return run
 
 
 def quartiles(times):
-  return [round(float(x) * 1e3, 4) for x in np.percentile(times, (25, 50, 75))]
+  return [
+    timing.significant(float(x) * 1e3)
+    for x in np.percentile(times, (25, 50, 75))
+  ]
 
 
 def measure_solvers(size, repeats):
-  """{method: {'ms': quartiles, 'compile_s': seconds}}; methods take turns."""
+  """{method: {'ms_quartiles': [3], 'compile_s': seconds}}, taking turns."""
   solvers = {name: compiled_solver(name, size) for name in METHODS}
-  times = {name: [] for name in solvers}
-  for turn in range(repeats + 3):
-    for name, (compiled, args, _) in solvers.items():
-      seconds = timed(compiled, args)
-      if turn >= 3:
-        times[name].append(seconds)
+  times = timing.take_turns(
+    {name: run_of(*solver[:2]) for name, solver in solvers.items()},
+    least=repeats,
+    most=repeats,
+  )
   return {
     name: {
       'ms_quartiles': quartiles(times[name]),
@@ -143,9 +148,11 @@ def measure_solvers(size, repeats):
 
 
 def measure_step(size, batch_size, repeats):
-  compiled, args = compiled_step(size, batch_size)
-  times = [timed(compiled, args) for _ in range(repeats + 1)][1:]
-  return quartiles(times)
+  step = run_of(*compiled_step(size, batch_size))
+  times = timing.take_turns(
+    {'step': step}, warm_up=1, least=repeats, most=repeats
+  )
+  return quartiles(times['step'])
 
 
 def markdown(result):
@@ -180,13 +187,7 @@ def main():
   result = {
     'what': 'solver of each method, beside a plain ResNet-18 step, 36x36',
     'batch': args.batch,
-    'device': jax.devices()[0].device_kind,
-    'machine': f'{platform.machine()}, {jax.device_count()} device',
-    'versions': {
-      name: importlib.metadata.version(name)
-      for name in ('jax', 'jaxlib', 'flax', 'optax')
-    },
-    'date': datetime.date.today().isoformat(),
+    'machine': timing.machine(),
     'repeats': args.repeats,
     'step_repeats': args.step_repeats,
   }

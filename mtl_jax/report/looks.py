@@ -12,7 +12,7 @@ from mtl_jax.report.variants import is_flat
 
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow that
 # vanishes on white, then two of Paul Tol's "muted" scheme (2021).
-_COLOURS = (
+PALETTE = (
   '#0072B2',
   '#D55E00',
   '#009E73',
@@ -80,14 +80,14 @@ def _family_colours(summary: Summary) -> Mapping[str, str]:
     else:
       families.setdefault(name, []).append(row)
   chosen: Sequence[str] = list(families)
-  if len(chosen) > len(_COLOURS):
+  if len(chosen) > len(PALETTE):
     best = sorted(
       chosen,
       key=lambda name: max(_quality(row, summary) for row in families[name]),
       reverse=True,
-    )[: len(_COLOURS)]
+    )[: len(PALETTE)]
     chosen = [name for name in chosen if name in best]
-  return colours | dict(zip(chosen, _COLOURS, strict=False))
+  return colours | dict(zip(chosen, PALETTE, strict=False))
 
 
 def _quality(row: Row, summary: Summary) -> float:
