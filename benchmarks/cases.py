@@ -83,14 +83,14 @@ class Spec(NamedTuple):
 
   library: str
   method: str
-  engine: str = 'unroll'
+  engine: str = 'auto'
   dtype: str = 'float32'
 
   @property
   def label(self) -> str:
     extras = [
       value
-      for value, usual in ((self.engine, 'unroll'), (self.dtype, 'float32'))
+      for value, usual in ((self.engine, 'auto'), (self.dtype, 'float32'))
       if value != usual
     ]
     return ' '.join([self.library, self.method, *extras])

@@ -49,8 +49,8 @@ def rows(
     A row a variant. `ratio_to_plain` is to the plain step of the same library
     and dtype, `ratio_to_peer` to the same method elsewhere, `ratio_to_usual` to
     the same variant with the usual engine and dtype: each the median of turns,
-    each there where its reference is. `flops_over_yardstick` is null for the
-    engine 'scan', of whose loop XLA counts one round.
+    each there where its reference is. `flops_over_yardstick` is null where a
+    loop over tasks may run, of which XLA counts one round.
   """
   found = []
   for label, variant in variants.items():
@@ -80,10 +80,11 @@ def rows(
       row['temporary_copies'] = timing.significant(
         facts['temporary_bytes'] / sizes['shared_bytes']
       )
+      may_loop = spec.method != 'plain' and spec.engine in ('auto', 'scan')
       ideal = units(spec.method, case.tasks) * forward_flops
       row['flops_over_yardstick'] = (
         None
-        if spec.engine == 'scan' or not ideal > 0
+        if may_loop or not ideal > 0
         else timing.significant(facts['flops'] / ideal)
       )
     found.append(row)
