@@ -232,6 +232,8 @@ def main() -> None:
   for name in names:
     print(f'## {name}\n', flush=True)
     section = run_section(groups[name], device, limits)
+    if args.quick:
+      section['quick'] = 'tiny sizes, hardly optimized: times mean nothing'
     records.save(
       args.out,
       {
