@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
 
+_PIECE = 2**14
+
 
 def on_cpu() -> bool:
   """Whether stacks are worked on as XLA's CPU backend keeps them in place.
@@ -46,16 +48,43 @@ def cross(
   total = jnp.zeros(shape, jnp.float32)
   for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
     if on_cpu():
-      a, b = (x.reshape(x.shape[0], -1) for x in (a, b))
-    rest = tuple(range(1, a.ndim))
-    dtype = wide(jnp.promote_types(a.dtype, b.dtype))
-    total = total + jax.lax.dot_general(
-      a.astype(dtype),
-      b.astype(dtype),
-      ((rest, rest), ((), ())),
-      precision=jax.lax.Precision.HIGHEST,
-    )
+      rows = [x.reshape(x.shape[0], -1) for x in (a, b)]
+      total = total + _product_by_pieces(*rows)
+    else:
+      total = total + _product(a, b)
   return total if axes is None else axes.sum_shards(total)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Inner products of all rows, contracting all axes but the first."""
+  rest = tuple(range(1, a.ndim))
+  dtype = wide(jnp.promote_types(a.dtype, b.dtype))
+  return jax.lax.dot_general(
+    a.astype(dtype),
+    b.astype(dtype),
+    ((rest, rest), ((), ())),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def _product_by_pieces(a: jax.Array, b: jax.Array) -> jax.Array:
+  """`_product` of matrices whose rows may be long.
+
+  In some programs XLA's CPU backend adds up a row one number after the other:
+  squared norms of 4 million numbers came out 0.6 % too small in float32. Within
+  a piece, and over the pieces of a row, that loses next to nothing.
+  """
+  pieces = a.shape[1] // _PIECE
+  if pieces < 2:
+    return _product(a, b)
+
+  def add(i, total):
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * _PIECE, _PIECE, 1)
+    return total + _product(cut(a), cut(b))
+
+  # Starts from a product, whose type is right inside shard_map too.
+  total = _product(a[:, pieces * _PIECE :], b[:, pieces * _PIECE :])
+  return jax.lax.fori_loop(0, pieces, add, total)
 
 
 def gram(
