@@ -5,6 +5,8 @@ task gradients they work on. Everything else (`mtl_jax.data`, `.models`,
 `.problems`, `.train`, ...) is imported by its own name.
 """
 
+from mtl_jax.feature_updates import feature_update
+from mtl_jax.feature_updates import FeatureUpdate
 from mtl_jax.gradients import task_grad
 from mtl_jax.gradients import TaskGrad
 from mtl_jax.gram_updates import gram_update
@@ -82,6 +84,7 @@ __all__ = [
   'AggregatorState',
   'BilevelWeighting',
   'EveryState',
+  'FeatureUpdate',
   'FlatMinimaState',
   'GramUpdate',
   'GramUpdateState',
@@ -110,6 +113,7 @@ __all__ = [
   'excess_mtl',
   'fairgrad',
   'famo',
+  'feature_update',
   'first_then',
   'flat_minima',
   'forum',

@@ -13,6 +13,7 @@ _GRADIENTS = {
   'slices',
   'micro_batches',
   'gradients',
+  'feature_updates',
   'gram_updates',
   'weighted_gradients',
 }
@@ -23,6 +24,7 @@ ALLOWED = {
   'slices': set(),
   'micro_batches': {'transforms', 'slices'},
   'gradients': {'types', 'transforms', 'micro_batches'},
+  'feature_updates': {'types', 'transforms', 'gradients'},
   'gram_updates': {'types', 'transforms', 'gradients'},
   'weighted_gradients': {'types', 'transforms', 'slices', 'gradients'},
   'data': {'types'},
@@ -35,6 +37,7 @@ ALLOWED = {
   'main': _BELOW_TRAIN | {'train', 'report'},
   'predict': _BELOW_TRAIN | {'train', 'report'},
   '__init__': {
+    'feature_updates',
     'gradients',
     'gram_updates',
     'weighted_gradients',
