@@ -7,6 +7,7 @@ task gradients they work on. Everything else (`mtl_jax.data`, `.models`,
 
 from mtl_jax.feature_updates import feature_update
 from mtl_jax.feature_updates import FeatureUpdate
+from mtl_jax.ghost_updates import ghost_update
 from mtl_jax.gradients import task_grad
 from mtl_jax.gradients import TaskGrad
 from mtl_jax.gram_updates import gram_update
@@ -118,6 +119,7 @@ __all__ = [
   'flat_minima',
   'forum',
   'from_gram',
+  'ghost_update',
   'gls',
   'graddrop',
   'gradnorm',

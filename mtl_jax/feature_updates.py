@@ -12,10 +12,10 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
-from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 import optax
 
+from mtl_jax import dependencies
 from mtl_jax import gradients
 from mtl_jax import types
 from mtl_jax.transforms import _aggregator
@@ -183,13 +183,13 @@ def feature_update(
         lambda path, _: jax.tree_util.keystr(path) or 'the root', params
       )
     )
-    _check_independent(
+    dependencies.check_independent(
       'loss_fn must use shared parameters through the features alone',
       lambda shared: losses_of(shared, boundary)[0],
       shared,
       paths[0],
     )
-    _check_independent(
+    dependencies.check_independent(
       'features_fn must not use the parameters of heads',
       lambda heads: trunk(shared, heads)[0],
       heads,
@@ -208,44 +208,3 @@ def feature_update(
     return (losses, (aux, loss_aux) if has_aux else None), grads, state
 
   return FeatureUpdate(init, update)
-
-
-def _check_independent(
-  rule: str, fn: Callable[[Any], Any], tree: Any, paths: Any
-) -> None:
-  """Raises, with the rule, if `fn` has a derivative in a leaf of `tree`."""
-  # One trace where all is well.
-  if not _depends(fn, tree):
-    return
-  leaves, structure = jax.tree.flatten(tree)
-
-  def of_leaf(i, leaf):
-    return fn(
-      jax.tree.unflatten(structure, [*leaves[:i], leaf, *leaves[i + 1 :]])
-    )
-
-  used = [
-    path
-    for i, path in enumerate(jax.tree.leaves(paths))
-    if _depends(functools.partial(of_leaf, i), leaves[i])
-  ]
-  raise ValueError(f'{rule}, but it depends on {used}')
-
-
-def _depends(fn: Callable[[Any], Any], x: Any) -> bool:
-  """Whether `fn` has a derivative in `x`, as tracing alone tells."""
-  found = []
-
-  @jax.custom_jvp
-  def look(out):
-    return out
-
-  def rule(primals, tangents):
-    is_zero = lambda t: isinstance(t, SymbolicZero)
-    leaves = jax.tree.leaves(tangents, is_leaf=is_zero)
-    found.append(not all(is_zero(t) for t in leaves))
-    return primals[0], jax.tree.map(jnp.zeros_like, primals[0])
-
-  look.defjvp(rule, symbolic_zeros=True)
-  jax.eval_shape(lambda x: jax.vjp(lambda x: look(fn(x)), x)[0], x)
-  return any(found)

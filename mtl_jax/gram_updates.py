@@ -130,7 +130,7 @@ def gram_update(
   names = _labels.check_task_names(task_names)
   size = len(names)
   inner = _aggregator.as_aggregator(aggregator).for_tasks(size)
-  _check_gram_based(inner, size)
+  check_gram_based(inner, size)
   flat = rho is not None
   _arguments.one_of('norm', norm, ('separate', 'joint'))
   if head_scale is None:
@@ -197,8 +197,8 @@ def gram_update(
     stacked = jnp.stack(losses)
     known = jnp.where(present, stacked, 1)
     gram = _by_pairs(loss_gradient, present)
-    loss_state = _weights(inner, gram, state.loss, known, present)
-    w = _unless_broken(loss_state.task_weights, gram, present)
+    loss_state = weights_for(inner, gram, state.loss, known, present)
+    w = unless_broken(loss_state.task_weights, gram, present)
     flat_state = state.flat
     scale = w if head_scale == 'weights' else jnp.ones_like(w)
     scale = jnp.where(present, scale, 0)
@@ -225,9 +225,9 @@ def gram_update(
       seen = seen | ~jnp.isfinite(squares)
       both = seen[:, None] & seen[None, :]
       gram_of_flat = jnp.where(both, gram_of_flat, 0)
-      flat_state = _weights(inner, gram_of_flat, state.flat, known, present)
+      flat_state = weights_for(inner, gram_of_flat, state.flat, known, present)
       v = jnp.where(seen, flat_state.task_weights, 0)
-      v = _unless_broken(v, gram_of_flat, present)
+      v = unless_broken(v, gram_of_flat, present)
 
       def add(i, total, own):
         g, of_head = pull_back(i)
@@ -257,7 +257,7 @@ def gram_update(
   return GramUpdate(init, update)
 
 
-def _check_gram_based(inner: _aggregator.Aggregator, size: int) -> None:
+def check_gram_based(inner: _aggregator.Aggregator, size: int) -> None:
   """Raises for a method that looks at coordinates or remembers some."""
   shapes = [
     jax.tree.map(jnp.shape, jax.eval_shape(inner.init, jnp.zeros(n)))
@@ -303,7 +303,7 @@ def _by_pairs(gradient: Callable[[int], Any], present: jax.Array) -> jax.Array:
   return jnp.where(present[:, None] & present[None, :], gram, 0)
 
 
-def _weights(inner, gram, state, losses, present):
+def weights_for(inner, gram, state, losses, present):
   """The next state, with the weights that rows of this Gram matrix have."""
   lengths, cos, usable = _solvers.cosines(gram, present)
   values, vectors = jnp.linalg.eigh(cos)
@@ -314,7 +314,7 @@ def _weights(inner, gram, state, losses, present):
   return state
 
 
-def _unless_broken(weights, gram, present):
+def unless_broken(weights, gram, present):
   """The weights; NaN where the Gram matrix of those present is not finite."""
   # A zero weight would hide a gradient that is not finite.
   finite = jnp.all(jnp.isfinite(gram))

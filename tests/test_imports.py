@@ -13,7 +13,9 @@ _GRADIENTS = {
   'slices',
   'micro_batches',
   'gradients',
+  'dependencies',
   'feature_updates',
+  'ghost_updates',
   'gram_updates',
   'weighted_gradients',
 }
@@ -24,7 +26,9 @@ ALLOWED = {
   'slices': set(),
   'micro_batches': {'transforms', 'slices'},
   'gradients': {'types', 'transforms', 'micro_batches'},
-  'feature_updates': {'types', 'transforms', 'gradients'},
+  'dependencies': set(),
+  'feature_updates': {'types', 'transforms', 'dependencies', 'gradients'},
+  'ghost_updates': {'transforms', 'dependencies', 'gradients', 'gram_updates'},
   'gram_updates': {'types', 'transforms', 'gradients'},
   'weighted_gradients': {'types', 'transforms', 'slices', 'gradients'},
   'data': {'types'},
@@ -38,6 +42,7 @@ ALLOWED = {
   'predict': _BELOW_TRAIN | {'train', 'report'},
   '__init__': {
     'feature_updates',
+    'ghost_updates',
     'gradients',
     'gram_updates',
     'weighted_gradients',

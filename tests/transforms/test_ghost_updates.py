@@ -1,0 +1,262 @@
+"""Gram matrices from inputs and cotangents are those of the gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import methods
+import numpy as np
+import pytest
+import quick_compile
+
+import mtl_jax
+
+NAMES = ('shape', 'colour', 'depth')
+BATCH, POSITIONS, INPUTS, WIDTH = 2, 3, 24, 32
+
+# The aggregator sees the same Gram matrix: one of each kind will do.
+KINDS = ('linear', 'mgda', 'pcgrad', 'gradnorm')
+REFUSED = ('graddrop', 'trimmed_mean', 'moco', 'db_mtl', 'excess_mtl', 'modo')
+
+
+def draw(seed, *shape):
+  values = np.random.default_rng(seed).standard_normal(shape)
+  return jnp.asarray(values / np.sqrt(shape[0]), jnp.float32)
+
+
+PARAMS = {
+  'shared': {
+    # Six rows are fewer than in and out of the first, and more than the out of
+    # the second: its task gradients are formed.
+    'wide': draw(0, INPUTS, WIDTH),
+    'bias': draw(1, WIDTH),
+    'narrow': draw(2, WIDTH, 2),
+  },
+  'heads': {task: draw(3 + i, 2) for i, task in enumerate(NAMES)},
+}
+IMAGE = 5 * draw(6, BATCH, POSITIONS, INPUTS)
+
+
+def loss_fn(params, dense, image):
+  shared = params['shared']
+  hidden = jnp.tanh(dense(image, shared['wide']) + shared['bias'][None, None])
+  hidden = jnp.sum(dense(hidden, shared['narrow']), axis=1)
+  return {
+    task: (1 + i) * jnp.mean((hidden @ params['heads'][task] - 2.0 * i) ** 2)
+    for i, task in enumerate(NAMES)
+  }
+
+
+def plain_loss(params, image):
+  return loss_fn(params, jnp.matmul, image)
+
+
+def method_named(name):
+  (method,) = (m for m in methods.METHODS if m.name == name)
+  return method.make(range(3), num_tasks=3)
+
+
+def run(step, params, *args, **options):
+  """The first update, compiled."""
+  state = step.init(params)
+  return quick_compile.jit(step.update)(params, state, *args, **options)
+
+
+@pytest.mark.parametrize('head_scale', ['none', 'weights'])
+@pytest.mark.parametrize('name', KINDS)
+def test_update_is_that_of_task_gradients(name, head_scale):
+  options = {'head_scale': head_scale}
+  step = mtl_jax.ghost_update(loss_fn, method_named(name), NAMES, **options)
+  tx = mtl_jax.shared_only(method_named(name), NAMES, **options)
+  at, _ = mtl_jax.task_grad(plain_loss, NAMES)
+
+  @quick_compile.jit
+  def both(params, state, exact_state, active):
+    (losses, _), found, state = step.update(params, state, IMAGE, active=active)
+    (wanted, _), task_grads = at(params, IMAGE)
+    exact, exact_state = tx.update(
+      task_grads, exact_state, params, losses=wanted, active=active
+    )
+    return (losses, found), state, (wanted, exact), exact_state
+
+  params, state, exact_state = PARAMS, step.init(PARAMS), tx.init(PARAMS)
+  for active in ([True] * 3, [True, False, True], [False] * 3):
+    found, state, exact, exact_state = both(
+      params, state, exact_state, np.array(active)
+    )
+    size = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(exact[1]))
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, atol=1e-4 * size),
+      found,
+      exact,
+    )
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, exact[1])
+  shown, wanted = mtl_jax.diagnostics(state), mtl_jax.diagnostics(exact_state)
+  for key, value in wanted.items():
+    np.testing.assert_allclose(shown[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_gram_matrix_is_that_of_the_gradients_in_float64():
+  rng = np.random.default_rng(0)
+  x, w = rng.standard_normal((4, 16)), rng.standard_normal((16, 12))
+  D = rng.standard_normal((2, 4, 12))
+
+  def loss(w, dense, x):
+    y = dense(x, w)
+    return [jnp.sum(y * d) for d in jnp.asarray(D, jnp.float32)]
+
+  step = mtl_jax.ghost_update(
+    lambda *args: jnp.stack(loss(*args)), mtl_jax.linear(), ('a', 'b')
+  )
+  w, x32 = (jnp.asarray(a, jnp.float32) for a in (w, x))
+  _, grad, state = run(step, w, x32)
+  rows = np.einsum('ni,tno->tio', x, D)
+  np.testing.assert_allclose(grad, rows.mean(axis=0), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    mtl_jax.diagnostics(state)['gram'],
+    np.einsum('tio,sio->ts', rows, rows),
+    rtol=1e-5,
+  )
+
+
+def test_a_gradient_that_is_not_finite_reaches_the_update_if_present():
+  step = mtl_jax.ghost_update(loss_fn, mtl_jax.mgda(), NAMES)
+  params = jax.tree.map(lambda x: x, PARAMS)
+  params['heads']['colour'] *= jnp.nan
+  update, state = quick_compile.jit(step.update), step.init(params)
+  _, grads, _ = update(params, state, IMAGE, active=np.array([True] * 3))
+  for leaf in jax.tree.leaves(grads['shared']):
+    assert not np.any(np.isfinite(leaf))
+  active = np.array([True, False, True])
+  _, grads, _ = update(params, state, IMAGE, active=active)
+  for leaf in jax.tree.leaves(grads):
+    assert np.all(np.isfinite(leaf))
+  np.testing.assert_array_equal(grads['heads']['colour'], 0)
+
+
+def test_dense_computes_in_the_dtype_of_its_input():
+  def loss(w, dense, x):
+    y = dense(x, w)
+    assert y.dtype == jnp.bfloat16
+    return {'a': jnp.sum(y), 'b': -jnp.sum(y)}
+
+  step = mtl_jax.ghost_update(loss, mtl_jax.linear(weights=(3, 1)), ('a', 'b'))
+  w, x = jnp.ones((4096, 8)), jnp.ones((1, 4096), jnp.bfloat16)
+  _, grad, state = run(step, w, x)
+  assert grad.dtype == jnp.float32
+  np.testing.assert_array_equal(grad, 2.0)
+  # In bfloat16 a sum of ones stops at 256.
+  np.testing.assert_allclose(
+    mtl_jax.diagnostics(state)['gram'],
+    4096 * 8 * np.array([[1, -1], [-1, 1]]),
+    rtol=1e-5,
+  )
+
+
+def test_eight_devices_give_what_one_gives():
+  names = NAMES[:2]
+
+  def loss(params, dense, x):
+    y = jnp.tanh(dense(x, params['shared']))
+    return {t: jnp.mean((y @ params['heads'][t]) ** 2) for t in names}
+
+  params = {
+    'shared': draw(7, 40, 48),
+    'heads': {t: draw(8 + i, 48) for i, t in enumerate(names)},
+  }
+  x = 4 * draw(10, 16, 40)
+  step = mtl_jax.ghost_update(loss, mtl_jax.mgda(), names)
+  state, update = step.init(params), quick_compile.jit(step.update)
+  _, expected, _ = update(params, state, x)
+  mesh = jax.make_mesh(
+    (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  put = lambda tree, *spec: jax.device_put(
+    tree, jax.sharding.NamedSharding(mesh, P(*spec))
+  )
+  _, found, _ = update(put(params), put(state), put(x, 'data'))
+  size = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(found))
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=1e-5 * size),
+    found,
+    expected,
+  )
+
+
+def test_aux_is_that_of_the_loss_function():
+  step = mtl_jax.ghost_update(
+    lambda w, dense, x: ({'a': jnp.sum(dense(x, w))}, 3 * x),
+    mtl_jax.linear(),
+    ('a',),
+    has_aux=True,
+  )
+  x = jnp.ones((1, 2))
+  (_, aux), grad, _ = run(step, jnp.ones((2, 2)), x)
+  np.testing.assert_array_equal(aux, 3 * x)
+  np.testing.assert_array_equal(grad, 1.0)
+
+
+def _scaled(params, dense, x):
+  y = dense(x, 2 * params['shared']['wide'])
+  return dict.fromkeys(NAMES, jnp.sum(y))
+
+
+def _twice(params, dense, x):
+  w = params['shared']['wide']
+  return dict.fromkeys(NAMES, jnp.sum(dense(x, w)) + jnp.sum(dense(x, w)))
+
+
+def _regularised(params, dense, x):
+  losses = loss_fn(params, dense, x)
+  return {**losses, 'depth': jnp.sum(params['shared']['wide'] ** 2)}
+
+
+@pytest.mark.parametrize(
+  ('loss', 'message'),
+  [
+    (_scaled, r'as it stands in params.* \(24, 32\) that is none of them'),
+    (_twice, r'each once; got .* \(24, 32\) that is one again'),
+    (_regularised, r"through dense alone.* \[\"\['shared'\]\['wide'\]\"\]"),
+  ],
+)
+def test_gradient_that_would_be_lost_is_an_error(loss, message):
+  step = mtl_jax.ghost_update(loss, mtl_jax.mgda(), NAMES)
+  for update in (step.update, jax.jit(step.update)):
+    with pytest.raises(ValueError, match=message):
+      update(PARAMS, step.init(PARAMS), IMAGE)
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_method_that_needs_more_than_inner_products_is_refused(name):
+  with pytest.raises(ValueError, match='map from the Gram matrix'):
+    mtl_jax.ghost_update(loss_fn, method_named(name), NAMES)
+
+
+@pytest.mark.parametrize('rows', [2, 64])
+def test_operations_are_those_of_the_cheaper_way(rows):
+  inputs, outputs, tasks = 64, 64, 4
+  names = [f'task_{i}' for i in range(tasks)]
+  targets = jnp.asarray(np.random.default_rng(0).random((tasks, rows, outputs)))
+
+  def loss(w, dense, x):
+    y = jnp.tanh(dense(x, w))
+    return {t: jnp.sum(y * targets[i]) for i, t in enumerate(names)}
+
+  step = mtl_jax.ghost_update(loss, mtl_jax.linear(), names)
+  w, x = jnp.ones((inputs, outputs)), jnp.ones((rows, inputs))
+  compiled = jax.jit(step.update).lower(w, step.init(w), x).compile()
+  forward = 2 * rows * inputs * outputs
+  if rows == 2:
+    kernel = 2 * rows**2 * (inputs + tasks * outputs)
+    gram = 2 * tasks**2 * rows * outputs
+    expected = forward + kernel + gram + forward
+    # What no task's gradient has, no array has.
+    size = w.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < size
+  else:
+    gram = 2 * tasks**2 * inputs * outputs
+    expected = forward + tasks * forward + gram
+  found = compiled.cost_analysis()['flops']
+  # Elementwise work; T gradients would be four times the forward pass.
+  assert found == pytest.approx(expected, rel=0.4)
