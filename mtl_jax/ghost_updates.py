@@ -53,9 +53,9 @@ def ghost_update(
   With a forward pass as 1 and a backward pass as 2 it takes up to
   :math:`1 + 2 T` and, where N is small, about :math:`2 + T`: T passes for the
   cotangents and one for the weights. It holds T cotangents of all layers in
-  place of T gradients of the weights. Rounding is that of squares: where the
-  rows of a gradient cancel to a part c of their length, the relative error of
-  its inner products is that of float32 over :math:`c^2`.
+  place of T gradients of the weights. Where the rows of a gradient cancel to a
+  part c of their length, the relative error of its inner products may reach
+  that of float32 over :math:`c^2`, for the gradient over c.
 
   Args:
     loss_fn: `(params, dense, *args) -> {task: scalar}` (or an array [T]), or
