@@ -195,8 +195,12 @@ def feature_update(
       heads,
       paths[1],
     )
+    # Heads are small: a loop over them would save no memory worth its time.
     at, _ = gradients.task_grad(
-      lambda boundary: losses_of(shared, boundary), names, has_aux=True
+      lambda boundary: losses_of(shared, boundary),
+      names,
+      engine='unroll',
+      has_aux=True,
     )
     (losses, loss_aux), task_grads = at(boundary)
     combined, state = tx.update(
