@@ -20,9 +20,8 @@ def make_call(
   """Makes one function of `steps_per_call` updates, to be jitted.
 
   Small models leave the device idle while Python starts the next step; k steps
-  in one call start it once. The updates are those of k calls.
-
-  On the CPU a model of convolutions may be slower inside a loop than outside.
+  in one call start it once. The updates are those of k calls, on CPUs bit for
+  bit; elsewhere XLA may add up in another order in another program.
 
   Args:
     step: `(state, batch) -> state`.
