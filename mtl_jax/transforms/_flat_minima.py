@@ -18,6 +18,7 @@ from mtl_jax.transforms import _perturbation
 from mtl_jax.transforms import _shared_only
 
 _COMBINATIONS = ('separate', 'direct', 'second', 'each')
+_PERTURBATIONS = ('global', 'per_device')
 
 
 class FlatMinimaState(NamedTuple):
@@ -57,6 +58,7 @@ def flat_minima(
   combine: str = 'separate',
   combiner: optax.GradientTransformation | None = None,
   head_scale: str = 'none',
+  perturbation: str = 'global',
   eps: float = 1e-12,
   param_labels: _labels.ParamLabels = _labels.default_labels,
 ) -> _aggregator.Aggregator:
@@ -101,6 +103,11 @@ def flat_minima(
       and active; sums if None. For `'second'` and `'each'` alone.
     head_scale: `'none'`, or `'weights'` to multiply s_i of the heads by the
       weights of the loss part.
+    perturbation: with `axis_name` alone. `'global'`: every replica perturbs by
+      the task gradients of all. `'per_device'`: each by its own, with their own
+      norm (m-sharpness, with m the examples of a replica); loss and SAM
+      gradients are then averaged together, after both passes and in place of
+      once after each. A replica without labels of a task does not perturb it.
     eps: added to the norm, so that a zero gradient is not perturbed.
     param_labels: see `shared_only`; `'frozen'` leaves are neither perturbed nor
       updated.
@@ -117,8 +124,9 @@ def flat_minima(
 
   Raises:
     TypeError: for a radius that is no number and no schedule.
-    ValueError: for a negative radius or eps, another `norm`, `combine` or
-      `head_scale`, a combiner with state or without use; at `update` without
+    ValueError: for a negative radius or eps, another `norm`, `combine`,
+      `head_scale` or `perturbation`, `'per_device'` without `axis_name`, a
+      combiner with state or without use; at `update` without
       `params`, `grad_fn` or, where needed, `extra_grad_fn`, and for leaves of
       another shape.
 
@@ -143,7 +151,8 @@ def flat_minima(
     Regions <https://arxiv.org/abs/2211.13723>`_, 2022, Algorithm 1
 
     Foret et al., `Sharpness-Aware Minimization
-    <https://arxiv.org/abs/2010.01412>`_, 2020, eq. 2
+    <https://arxiv.org/abs/2010.01412>`_, 2020, eq. 2; m-sharpness is of
+    section 4.1
 
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
   """
@@ -154,6 +163,11 @@ def flat_minima(
   _arguments.one_of('norm', norm, ('separate', 'joint'))
   _arguments.one_of('combine', combine, _COMBINATIONS)
   _arguments.one_of('head_scale', head_scale, _shared_only.HEAD_SCALES)
+  _arguments.one_of('perturbation', perturbation, _PERTURBATIONS)
+  if perturbation == 'per_device' and axes.axis_name is None:
+    raise ValueError(
+      "perturbation='per_device' needs an aggregator made with axis_name"
+    )
   if not eps > 0:
     raise ValueError(f'eps must be positive, got {eps}')
   if combiner is not None and combine not in ('second', 'each'):
@@ -232,10 +246,9 @@ def flat_minima(
         for g, owner in zip(leaves, partition.owners, strict=True)
       ]
 
-    loss_grads = read(task_grads)
     task_params = _perturbation.perturbed(
       partition,
-      loss_grads,
+      read(task_grads),
       param_leaves,
       rho=radius(state.count),
       rho_heads=radius_heads(state.count),
@@ -245,14 +258,24 @@ def flat_minima(
       axes=axes,
       present=present,
     )
-    sam_grads = read(axes.average(grad_fn(axes.replicate(task_params))))
-    # Stacks of the batch itself first, of further batches after it.
-    loss_stacks = [loss_grads, *map(read, extra_grads)]
-    sam_stacks = [sam_grads]
+    task_params = axes.replicate(task_params)
+    # Those of the batch itself first, of further batches after it.
+    of_losses = [task_grads, *extra_grads]
+    of_sam = [grad_fn(task_params)]
     if extra_grads:
-      moved = extra_grad_fn(axes.replicate(task_params))
-      stacks = _lift.check_extra_grads(moved, inner.extra_batches)
-      sam_stacks += [read(axes.average(stack)) for stack in stacks]
+      moved = extra_grad_fn(task_params)
+      of_sam += _lift.check_extra_grads(moved, inner.extra_batches)
+    if perturbation == 'per_device':
+      # What is not used from here on is not exchanged either: XLA drops it.
+      of_losses, of_sam = axes.average((of_losses, of_sam))
+      losses = axes.average_losses(losses)
+    else:
+      of_sam = axes.average(of_sam)
+    loss_stacks, sam_stacks = (
+      list(map(read, of_losses)),
+      list(map(read, of_sam)),
+    )
+    sam_grads = sam_stacks[0]
 
     shared_params = partition.shared(param_leaves)
 
@@ -312,7 +335,8 @@ def flat_minima(
   return _aggregator.Aggregator(
     init,
     aggregate,
-    axes=axes,
+    # A perturbation by a replica's own gradients comes before their average.
+    axes=axes if perturbation == 'global' else axes._replace(axis_name=None),
     head_scale=head_scale,
     extra_batches=inner.extra_batches,
   )
