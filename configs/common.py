@@ -113,6 +113,14 @@ def make_config(
       # How the T gradients are computed: 'unroll', 'vmap', 'scan', or 'auto',
       # which chooses by platform.
       'engine': 'auto',
+      # 'per_device': each device perturbs by the task gradients of its own rows
+      # of the batch (m-sharpness), and gradients are exchanged once a step.
+      'perturbation': 'global',
+      'parallel': {
+        # Whose statistics BatchNorm uses in training: those of the whole batch,
+        # or with 'per_device' of the rows of each device.
+        'batch_norm': 'global',
+      },
       'micro_batches': 1,
       # Updates in one compiled call; must divide the intervals below.
       'steps_per_call': 1,

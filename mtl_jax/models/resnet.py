@@ -1,6 +1,7 @@
 """ResNets of basic blocks, as torchvision builds them."""
 
 from collections.abc import Sequence
+import functools
 
 from flax import linen as nn
 import jax
@@ -35,6 +36,9 @@ class ResNet(nn.Module):
     features: width of the output.
     remat: `'blocks'` computes each block again in the backward pass, once for
       every task, instead of keeping its values; `'none'` keeps them.
+    batch_norm_axis: for training inside `shard_map` or `pmap`: the mapped axis
+      over all of whose rows BatchNorm takes its statistics; None for those of
+      the rows at hand.
 
   References:
     He et al., `Deep Residual Learning for Image Recognition
@@ -48,6 +52,7 @@ class ResNet(nn.Module):
   blocks: Sequence[int] = (2, 2, 2, 2)
   features: int = 100
   remat: str = 'none'
+  batch_norm_axis: str | None = None
 
   @nn.compact
   def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
@@ -59,16 +64,19 @@ class ResNet(nn.Module):
       )
     make_block = remats.of_block(_BasicBlock, self.remat)
     x = layers.conv(self.widths[0], 7, stride=2, padding=3, name='conv')(image)
-    x = nn.relu(_batch_norm(train, 'norm')(x))
+    x = nn.relu(_batch_norm(train, self.batch_norm_axis, 'norm')(x))
     x = layers.max_pool(x, 3, 2, 1)
     for stage, (width, count) in enumerate(
       zip(self.widths, self.blocks, strict=True)
     ):
       for block in range(count):
         stride = 2 if stage > 0 and block == 0 else 1
-        x = make_block(width, stride, name=f'block_{stage + 1}_{block + 1}')(
-          x, train
-        )
+        x = make_block(
+          width,
+          stride,
+          self.batch_norm_axis,
+          name=f'block_{stage + 1}_{block + 1}',
+        )(x, train)
     x = x.mean((1, 2))
     return nn.relu(layers.dense(self.features, x.shape[-1], 'dense')(x))
 
@@ -78,17 +86,19 @@ class _BasicBlock(nn.Module):
 
   width: int
   stride: int
+  batch_norm_axis: str | None
 
   @nn.compact
   def __call__(self, x, train):
+    norm = functools.partial(_batch_norm, train, self.batch_norm_axis)
     shortcut = x
     if self.stride != 1 or x.shape[-1] != self.width:
       shortcut = self._conv(1, self.stride, 0, 'conv_shortcut')(x)
-      shortcut = _batch_norm(train, 'norm_shortcut')(shortcut)
+      shortcut = norm('norm_shortcut')(shortcut)
     x = self._conv(3, self.stride, 1, 'conv_1')(x)
-    x = nn.relu(_batch_norm(train, 'norm_1')(x))
+    x = nn.relu(norm('norm_1')(x))
     x = self._conv(3, 1, 1, 'conv_2')(x)
-    return nn.relu(_batch_norm(train, 'norm_2')(x) + shortcut)
+    return nn.relu(norm('norm_2')(x) + shortcut)
 
   def _conv(self, size, stride, padding, name):
     return layers.conv(
@@ -101,7 +111,11 @@ class _BasicBlock(nn.Module):
     )
 
 
-def _batch_norm(train, name):
+def _batch_norm(train, axis, name):
   return nn.BatchNorm(
-    use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name
+    use_running_average=not train,
+    momentum=0.9,
+    epsilon=1e-5,
+    axis_name=axis,
+    name=name,
   )

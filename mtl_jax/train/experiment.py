@@ -22,6 +22,7 @@ from mtl_jax.train import calls
 from mtl_jax.train import distributed
 from mtl_jax.train import optimizer
 from mtl_jax.train import placement
+from mtl_jax.train import replicas
 from mtl_jax.train import step as steps
 from mtl_jax.train import window as windows
 
@@ -42,6 +43,8 @@ _CHOICES = {
   'data.placement': ('host', 'device'),
   'engine': gradients.ENGINES,
   'compute_dtype': ('float32', 'bfloat16'),
+  'perturbation': ('global', 'per_device'),
+  'parallel.batch_norm': ('global', 'per_device'),
   # Those that JAX has for all devices.
   'precision': (
     *('default', 'high', 'highest'),
@@ -181,6 +184,24 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     value = (config[group] if group else config)[key]
     if value not in choices:
       raise ValueError(f'{name} must be one of {choices}, got {value!r}')
+  for name in _per_device(config):
+    # There every device holds everything and does every task.
+    for key, only in (('parameters', 'replicated'), ('task_devices', 1)):
+      value = config.parallel.get(key, only)
+      if value != only:
+        raise ValueError(
+          f"{name}='per_device' goes with parallel.{key}={only!r} alone, got "
+          f'{value!r}'
+        )
+
+
+def _per_device(config):
+  """The keys by which a step has to run on every device by itself."""
+  values = {
+    'perturbation': config.perturbation,
+    'parallel.batch_norm': config.parallel.batch_norm,
+  }
+  return [name for name, value in values.items() if value == 'per_device']
 
 
 def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
@@ -201,18 +222,26 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   problem = problems.by_name(config.problem)
   mesh = distributed.make_mesh()
   distributed.check_batch_size(config.batch_size, mesh, config.micro_batches)
-  model = models.make_model(
-    models.by_name(config.model.name, **config.model.kwargs),
-    problem.tasks,
-    sharing=config.model.sharing,
-  )
+  axis_name = distributed.DATA_AXIS if _per_device(config) else None
+  trunk = models.by_name(config.model.name, **config.model.kwargs)
+  # Those with BatchNorm have the attribute.
+  if config.parallel.batch_norm == 'global' and hasattr(
+    trunk, 'batch_norm_axis'
+  ):
+    trunk = trunk.clone(batch_norm_axis=axis_name)
+  model = models.make_model(trunk, problem.tasks, sharing=config.model.sharing)
   model = models.in_dtype(model, config.compute_dtype)
   sources = _load(problem, config.data)
   epoch = pipeline.steps_per_epoch(sources['train'], config.batch_size)
   total_steps = config.epochs * epoch
   calls.check_steps_per_call(config, epoch)
   tx, weighting, extra_batches, after_step = optimizer.make_optimizer(
-    config, problem.task_names, total_steps, steps_per_epoch=epoch
+    config,
+    problem.task_names,
+    total_steps,
+    axis_name=axis_name,
+    perturbation=config.perturbation,
+    steps_per_epoch=epoch,
   )
   step = steps.make_train_step(
     problem,
@@ -225,7 +254,10 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
     weighting=weighting,
     lookahead=config.optimizer.learning_rate,
     after_step=after_step,
+    axis_name=axis_name,
   )
+  if axis_name is not None:
+    step = replicas.per_device(step, mesh)
   eval_step = steps.make_eval_step(problem, model)
 
   def init(batch):

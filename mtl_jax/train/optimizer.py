@@ -13,7 +13,13 @@ _SCHEDULES = ('constant', 'cosine', 'step')
 
 
 def make_aggregator(
-  method: Any, task_names: Sequence[str], seed: int = 0, **given: Any
+  method: Any,
+  task_names: Sequence[str],
+  seed: int = 0,
+  *,
+  axis_name: str | None = None,
+  perturbation: str = 'global',
+  **given: Any,
 ) -> transforms.Aggregator | None:
   """The method of a config over shared parameters and heads.
 
@@ -23,6 +29,8 @@ def make_aggregator(
       the arguments of `flat_minima` or None.
     task_names: the tasks.
     seed: given to a random method whose `kwargs` name none.
+    axis_name: the mapped axis of replicas, if there is one.
+    perturbation: see `mtl_jax.flat_minima`.
     **given: see `make_weighting`.
 
   Returns:
@@ -31,12 +39,18 @@ def make_aggregator(
 
   Raises:
     ValueError: if there is no aggregator or weighting of that name, or
-      `head_scale` is given beside `flat`, which has its own.
+      `head_scale` is given beside `flat`, which has its own, or a perturbation
+      is chosen for a method without any.
   """
   if method.flat is not None and method.head_scale is not None:
     raise ValueError(
       f'method.head_scale is {method.head_scale!r}, which a method with '
       'method.flat does not use; set method.flat.head_scale'
+    )
+  if method.flat is None and perturbation != 'global':
+    raise ValueError(
+      f'perturbation is {perturbation!r}, but the method perturbs nothing: '
+      'method.flat is None'
     )
   if method.weighting is None:
     names = tuple(filter(_makes_aggregator, transforms.__all__))
@@ -48,6 +62,7 @@ def make_aggregator(
     aggregator = factory(
       **_arguments(factory, method.kwargs, seed=seed),
       num_tasks=len(task_names),
+      axis_name=axis_name,
     )
   elif method.flat is None:
     return None
@@ -58,13 +73,21 @@ def make_aggregator(
         f'method.weighting is {method.weighting!r}, which learns its weights '
         'with a look-ahead of its own and has no flat-minima version'
       )
-    aggregator = transforms.weighted(weighting, num_tasks=len(task_names))
+    aggregator = transforms.weighted(
+      weighting, num_tasks=len(task_names), axis_name=axis_name
+    )
   if method.flat is None:
     return transforms.shared_only(
       aggregator, task_names, head_scale=method.head_scale
     )
   flat = dict(method.flat)
-  return transforms.flat_minima(aggregator, task_names, flat.pop('rho'), **flat)
+  return transforms.flat_minima(
+    aggregator,
+    task_names,
+    flat.pop('rho'),
+    perturbation=perturbation,
+    **flat,
+  )
 
 
 def make_weighting(
@@ -185,7 +208,13 @@ class Optimizer(typing.NamedTuple):
 
 
 def make_optimizer(
-  config: Any, task_names: Sequence[str], total_steps: int, **given: Any
+  config: Any,
+  task_names: Sequence[str],
+  total_steps: int,
+  *,
+  axis_name: str | None = None,
+  perturbation: str = 'global',
+  **given: Any,
 ) -> Optimizer:
   """The optimizer: aggregate, clip, Adam, decoupled decay, learning rate.
 
@@ -195,6 +224,8 @@ def make_optimizer(
     config: reads `config.method`, `config.optimizer` and `config.seed`.
     task_names: the tasks.
     total_steps: length of the run, for the learning rate.
+    axis_name: see `make_aggregator`.
+    perturbation: see `make_aggregator`.
     **given: see `make_weighting`.
 
   Returns:
@@ -204,7 +235,14 @@ def make_optimizer(
     ValueError: for values that are out of range.
   """
   optimizer = config.optimizer
-  aggregator = make_aggregator(config.method, task_names, config.seed, **given)
+  aggregator = make_aggregator(
+    config.method,
+    task_names,
+    config.seed,
+    axis_name=axis_name,
+    perturbation=perturbation,
+    **given,
+  )
   weighting = make_weighting(config.method, config.seed, **given)
   parts = [] if aggregator is None else [aggregator]
   if optimizer.clip is not None:

@@ -17,6 +17,7 @@ from mtl_jax import losses
 from mtl_jax import transforms
 from mtl_jax import types
 from mtl_jax import weighted_gradients
+from mtl_jax.train import replicas as replication
 from mtl_jax.train import step_gradients
 from mtl_jax.train import step_metrics
 
@@ -113,6 +114,7 @@ def make_train_step(
   | None = None,
   lookahead: float = 0.0,
   after_step: Callable[..., Any] | None = None,
+  axis_name: str | None = None,
 ) -> Callable[
   [TrainState, types.Batch], tuple[TrainState, dict[str, jax.Array]]
 ]:
@@ -141,11 +143,18 @@ def make_train_step(
       the losses of the batch at the new parameters, which costs a forward pass:
       for an aggregator made by `mtl_jax.weighted` of a weighting that looks at
       them. A `weighting` is told by itself.
+    axis_name: for a step inside `shard_map` or `pmap`: the mapped axis whose
+      replicas have the same state and a part of the batch each. `tx` must have
+      been made with it (unless there is a weighting), and so BatchNorm if its
+      statistics are to be those of the whole batch; otherwise they are a
+      replica's, and the running ones move by their mean. Dropout draws another
+      mask on every replica. Not with a bilevel weighting.
 
   Returns:
     A pure function `(state, batch) -> (state, metrics)`, to be jitted with the
     state donated. Every quantity in it is that of the whole batch, so that
-    under `jit` any sharding gives the same numbers. `metrics` are scalars:
+    under `jit` any sharding gives the same numbers, and so do replicas but for
+    a perturbation, BatchNorm and dropout of their own. `metrics` are scalars:
     `'loss'`, the mean over the tasks that have labels in this batch; per task
     `'<task>/loss'` and its metrics at the unperturbed parameters,
     `'<task>/present'`, 1 if it has labels in this batch and 0 if not, or if the
@@ -158,22 +167,36 @@ def make_train_step(
       'weighting goes without extra_batches and after_step, which are for '
       'aggregators'
     )
+  if axis_name is not None and isinstance(
+    weighting, transforms.BilevelWeighting
+  ):
+    raise ValueError(
+      'a bilevel weighting goes without axis_name (in a config without '
+      f"parallel.batch_norm='per_device'), got {axis_name!r}: its look-ahead "
+      'differentiates the losses of the whole batch'
+    )
+  replicas = replication.Replicas(axis_name)
 
   def step(state: TrainState, batch: types.Batch):
     batch = problem.preprocess(batch)
     # The same key in both passes and for all tasks: the same dropout masks.
     key = jax.random.fold_in(jax.random.key(seed), state.step + 1)
+    key = replicas.own_key(key)
 
-    def loss_fn(params, batch):
+    def loss_fn(params, batch, scales=None):
       predictions, model_state = model.apply(
         params, state.model_state, batch, train=True, key=key
       )
       sums = step_metrics.metric_sums(problem, predictions, batch)
-      return task_losses(problem, predictions, batch), (model_state, sums)
+      means = task_losses(problem, predictions, batch)
+      return replicas.scaled(means, scales, names), (model_state, sums)
 
-    active = jnp.stack([jnp.any(batch['mask'][task] > 0) for task in names])
+    active = replicas.label_counts([batch], names)[0] > 0
     by_weights = weighted_gradients.weighted_grad(
       loss_fn, names, micro_batches=micro_batches, has_aux=True
+    )
+    losses_at = lambda params: replicas.mean(
+      by_weights.losses(params, batch, replicas.scales(batch, names))
     )
     weights = {}
     weighting_state = state.weighting
@@ -183,6 +206,7 @@ def make_train_step(
         state.params,
         batch,
         names,
+        replicas=replicas,
         extra_batches=extra_batches,
         param_labels=param_labels,
         engine=engine,
@@ -190,7 +214,9 @@ def make_train_step(
       )
       usable = active
       if extra_batches:
-        usable = step_gradients.in_every_slice(batch, names, 1 + extra_batches)
+        usable = step_gradients.in_every_slice(
+          batch, names, 1 + extra_batches, replicas
+        )
       updates, opt_state = tx.update(
         found.task_grads,
         state.opt_state,
@@ -199,7 +225,7 @@ def make_train_step(
         active=usable,
         **found.keywords,
       )
-      losses, (model_state, sums) = found.losses, found.aux
+      losses, aux = found.losses, found.aux
     else:
       weigh = step_gradients.weigh(
         weighting,
@@ -209,16 +235,21 @@ def make_train_step(
         names,
         active,
         lookahead,
+        replicas,
       )
       (losses, aux, (task_weights, weighting_state)), grads = by_weights.at(
-        weigh, state.params, batch
+        weigh, state.params, batch, replicas.scales(batch, names)
       )
-      model_state, sums = step_gradients.of_slices(aux, micro_batches)
-      updates, opt_state = tx.update(grads, state.opt_state, state.params)
+      aux = step_gradients.of_slices(aux, micro_batches)
+      updates, opt_state = tx.update(
+        replicas.mean(grads), state.opt_state, state.params
+      )
       weights = {
         f'{task}/weight': task_weights[i] for i, task in enumerate(names)
       }
     params = optax.apply_updates(state.params, updates)
+    losses, model_state = replicas.mean((losses, aux[0]))
+    sums = replicas.sum(aux[1])
     # Where the optimizer left the step out it was as if without any task.
     left_out = transforms.left_out(opt_state)
     active &= ~left_out
@@ -230,12 +261,10 @@ def make_train_step(
     )
     # Without the one and the other nothing is evaluated at the new parameters.
     if after_step is not None:
-      new_losses = by_weights.losses(params, batch)
-      opt_state = after_step(new_losses, opt_state, active)
+      opt_state = after_step(losses_at(params), opt_state, active)
     if getattr(weighting, 'after_step', None) is not None:
-      new_losses = by_weights.losses(params, batch)
       weighting_state = weighting.after_step(
-        new_losses, weighting_state, active=active
+        losses_at(params), weighting_state, active=active
       )
     present = active.astype(losses.dtype)
     total = jnp.sum(jnp.where(active, losses, 0))

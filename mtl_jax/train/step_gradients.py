@@ -22,22 +22,35 @@ class TaskGradients(NamedTuple):
 
 
 def task_gradients(
-  loss_fn, params, batch, names, *, extra_batches, micro_batches, **options
+  loss_fn,
+  params,
+  batch,
+  names,
+  *,
+  replicas,
+  extra_batches,
+  micro_batches,
+  **options,
 ):
-  """Of the batch; or of its slices, the first for the update."""
+  """Of the batch; or of its slices, the first for the update.
+
+  Losses and gradients are those of the replica, which its optimizer averages.
+  """
   at, at_each = gradients.task_grad(
     loss_fn, names, micro_batches=micro_batches, has_aux=True, **options
   )
   if not extra_batches:
-    (losses, aux), task_grads = at(params, batch)
-    grad_fn = lambda task_params: at_each(task_params, batch)[1]
+    scales = replicas.scales(batch, names)
+    (losses, aux), task_grads = at(params, batch, scales)
+    grad_fn = lambda task_params: at_each(task_params, batch, scales)[1]
     aux = of_slices(aux, micro_batches)
     return TaskGradients(losses, aux, task_grads, {'grad_fn': grad_fn})
 
   number = 1 + extra_batches
   pieces = slicing.independent(batch, number)
-  found = [at(params, piece) for piece in pieces]
-  counts = label_counts(pieces, names)
+  scales = [replicas.scales(piece, names) for piece in pieces]
+  found = [at(params, *args) for args in zip(pieces, scales, strict=True)]
+  counts = replicas.label_counts(pieces, names)
   shares = counts / jnp.maximum(jnp.sum(counts, axis=0, keepdims=True), 1)
   losses = jnp.sum(shares * jnp.stack([f[0][0] for f in found]), axis=0)
   aux = of_slices(
@@ -47,12 +60,12 @@ def task_gradients(
     ),
     number,
   )
-  each = lambda task_params, piece: at_each(task_params, piece)[1]
+  each = lambda task_params, k: at_each(task_params, pieces[k], scales[k])[1]
   keywords = {
-    'grad_fn': lambda task_params: each(task_params, pieces[0]),
+    'grad_fn': lambda task_params: each(task_params, 0),
     'extra_grads': tuple(f[1] for f in found[1:]),
     'extra_grad_fn': lambda task_params: tuple(
-      each(task_params, piece) for piece in pieces[1:]
+      each(task_params, k) for k in range(1, number)
     ),
   }
   return TaskGradients(losses, aux, found[0][1], keywords)
@@ -69,23 +82,19 @@ def of_slices(aux, slices):
   )
 
 
-def in_every_slice(batch, names, number):
+def in_every_slice(batch, names, number, replicas):
   """Which tasks have labels in each of the slices, bool [T]."""
   pieces = slicing.independent(batch, number)
-  return jnp.all(label_counts(pieces, names) > 0, axis=0)
+  return jnp.all(replicas.label_counts(pieces, names) > 0, axis=0)
 
 
-def label_counts(pieces, names):
-  """Number of labels of each task in each of the batches, [N, T]."""
-  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *pieces)
-  return slicing.label_counts(stacked, names, len(pieces))
-
-
-def weigh(weighting, losses_of, state, batch, names, active, lookahead):
+def weigh(
+  weighting, losses_of, state, batch, names, active, lookahead, replicas
+):
   """The map from losses to weights and the next state of the weighting."""
   if not isinstance(weighting, transforms.BilevelWeighting):
     return lambda losses: weighting.update(
-      losses, state.weighting, active=active
+      replicas.mean(losses), state.weighting, active=active
     )
   train, valid = slicing.independent(batch, 2)
   weights, after = weighting.update(
@@ -95,7 +104,7 @@ def weigh(weighting, losses_of, state, batch, names, active, lookahead):
     valid,
     state.weighting,
     learning_rate=lookahead,
-    active=in_every_slice(batch, names, 2),
+    active=in_every_slice(batch, names, 2, replicas),
   )
   # A task that is in one half alone is not weighed; absent ones have weight 0.
   return lambda losses: (jnp.where(active, weights, 0), after)

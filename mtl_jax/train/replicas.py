@@ -1,0 +1,115 @@
+"""A step as one of several replicas, each with rows of the batch of its own.
+
+Under plain `jit` every number is that of the whole batch by itself. Inside
+`shard_map` a replica sees its own rows alone, and what is of the whole batch
+has to be said: here, and nowhere else in a step.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax import slices as slicing
+from mtl_jax import types
+from mtl_jax.train import distributed
+
+
+class Replicas(NamedTuple):
+  """The replicas of a step.
+
+  Attributes:
+    axis_name: the mapped axis they lie along; None under plain `jit`, where
+      all methods but `label_counts` give back what they are given.
+  """
+
+  axis_name: str | None = None
+
+  def mean(self, tree: Any) -> Any:
+    """The mean over replicas, such as of losses and gradients."""
+    if self.axis_name is None:
+      return tree
+    return jax.lax.pmean(tree, self.axis_name)
+
+  def sum(self, tree: Any) -> Any:
+    """The sum over replicas, such as of counts and metrics."""
+    if self.axis_name is None:
+      return tree
+    return jax.lax.psum(tree, self.axis_name)
+
+  def own_key(self, key: jax.Array) -> jax.Array:
+    """A key of this replica, so that its rows have other dropout masks."""
+    if self.axis_name is None:
+      return key
+    return jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
+
+  def label_counts(
+    self, batches: Sequence[types.Batch], names: tuple[str, ...]
+  ) -> jax.Array:
+    """Labels of each task in each of the batches, [N, T], over all replicas."""
+    return self.sum(_label_counts(batches, names))
+
+  def scales(
+    self, batch: types.Batch, names: tuple[str, ...]
+  ) -> jax.Array | None:
+    """What makes a replica's mean losses those whose mean is the global one.
+
+    A task's loss is the mean over its labels on all replicas, which is no mean
+    of means where some replicas have more labels than others.
+
+    Args:
+      batch: the replica's rows.
+      names: the tasks.
+
+    Returns:
+      [T], the replica's labels over the mean number of labels of a replica;
+      None under plain `jit`.
+    """
+    if self.axis_name is None:
+      return None
+    own = _label_counts([batch], names)[0]
+    mean = self.mean(own)
+    return own / jnp.where(mean > 0, mean, 1)
+
+  def scaled(
+    self,
+    losses: Mapping[str, jax.Array],
+    scales: jax.Array | None,
+    names: tuple[str, ...],
+  ) -> Mapping[str, jax.Array]:
+    """The losses times their `scales`."""
+    if scales is None:
+      return losses
+    return {task: scales[i] * losses[task] for i, task in enumerate(names)}
+
+
+def _label_counts(batches, names):
+  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
+  return slicing.label_counts(stacked, names, len(batches))
+
+
+def per_device(step: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A step that every device runs by itself, on its rows of the batch.
+
+  Args:
+    step: `(state, batch) -> (state, metrics)` of `make_train_step` with
+      `axis_name='data'`.
+    mesh: of `distributed.make_mesh`.
+
+  Returns:
+    The same function of the global state, which every device holds whole, and
+    the global batch.
+  """
+  spec = jax.sharding.PartitionSpec
+  return jax.shard_map(
+    step,
+    mesh=mesh,
+    in_specs=(spec(), spec(distributed.DATA_AXIS)),
+    out_specs=spec(),
+    # With the check on, the gradient of a replicated parameter is summed over
+    # devices before anyone can perturb by it.
+    check_vma=False,
+  )
