@@ -5,7 +5,7 @@ Under plain `jit` every number is that of the whole batch by itself. Inside
 has to be said: here, and nowhere else in a step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class Replicas(NamedTuple):
 
   Attributes:
     axis_name: the mapped axis they lie along; None under plain `jit`, where
-      all methods but `label_counts` give back what they are given.
+      what a method is given is of the whole batch already.
   """
 
   axis_name: str | None = None
@@ -52,38 +52,55 @@ class Replicas(NamedTuple):
     """Labels of each task in each of the batches, [N, T], over all replicas."""
     return self.sum(_label_counts(batches, names))
 
-  def scales(
-    self, batch: types.Batch, names: tuple[str, ...]
-  ) -> jax.Array | None:
-    """What makes a replica's mean losses those whose mean is the global one.
+  def shares(
+    self, loss_fn: Callable[..., Any], names: tuple[str, ...]
+  ) -> Callable[..., Any]:
+    """The replica's shares of the losses, whose mean is the global loss.
 
     A task's loss is the mean over its labels on all replicas, which is no mean
-    of means where some replicas have more labels than others.
+    of means where some have more labels than others. The factors are inside
+    what is differentiated: where rows of one replica have a part in another's
+    loss, as by statistics of BatchNorm, no later factor would be right.
+
+    Args:
+      loss_fn: `(params, batch) -> ({task: mean over its labels}, aux)`.
+      names: the tasks.
+
+    Returns:
+      The same of `(params, *arguments)`; `loss_fn` itself under plain `jit`.
+    """
+    if self.axis_name is None:
+      return loss_fn
+
+    def share_fn(params, rows, per_label):
+      (batch,) = rows
+      means, aux = loss_fn(params, batch)
+      factors = _label_counts([batch], names)[0] * per_label
+      return {
+        task: factors[i] * means[task] for i, task in enumerate(names)
+      }, aux
+
+    return share_fn
+
+  def arguments(
+    self, batch: types.Batch, names: tuple[str, ...], micro_batches: int
+  ) -> tuple[Any, ...]:
+    """What `shares` are called with after the parameters, for a batch.
 
     Args:
       batch: the replica's rows.
       names: the tasks.
+      micro_batches: how many slices the rows are evaluated in.
 
     Returns:
-      [T], the replica's labels over the mean number of labels of a replica;
-      None under plain `jit`.
+      The batch, out of sight of whoever would weigh slices by this replica's
+      labels in them, so that all count alike; and [T], what a label counts for.
+      The batch alone under plain `jit`.
     """
     if self.axis_name is None:
-      return None
-    own = _label_counts([batch], names)[0]
-    mean = self.mean(own)
-    return own / jnp.where(mean > 0, mean, 1)
-
-  def scaled(
-    self,
-    losses: Mapping[str, jax.Array],
-    scales: jax.Array | None,
-    names: tuple[str, ...],
-  ) -> Mapping[str, jax.Array]:
-    """The losses times their `scales`."""
-    if scales is None:
-      return losses
-    return {task: scales[i] * losses[task] for i, task in enumerate(names)}
+      return (batch,)
+    mean = self.mean(_label_counts([batch], names)[0])
+    return (batch,), micro_batches / jnp.where(mean > 0, mean, 1)
 
 
 def _label_counts(batches, names):

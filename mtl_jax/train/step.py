@@ -183,21 +183,20 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step + 1)
     key = replicas.own_key(key)
 
-    def loss_fn(params, batch, scales=None):
+    def loss_fn(params, batch):
       predictions, model_state = model.apply(
         params, state.model_state, batch, train=True, key=key
       )
       sums = step_metrics.metric_sums(problem, predictions, batch)
-      means = task_losses(problem, predictions, batch)
-      return replicas.scaled(means, scales, names), (model_state, sums)
+      return task_losses(problem, predictions, batch), (model_state, sums)
 
+    loss_fn = replicas.shares(loss_fn, names)
+    args = replicas.arguments(batch, names, micro_batches)
     active = replicas.label_counts([batch], names)[0] > 0
     by_weights = weighted_gradients.weighted_grad(
       loss_fn, names, micro_batches=micro_batches, has_aux=True
     )
-    losses_at = lambda params: replicas.mean(
-      by_weights.losses(params, batch, replicas.scales(batch, names))
-    )
+    losses_at = lambda params: replicas.mean(by_weights.losses(params, *args))
     weights = {}
     weighting_state = state.weighting
     if weighting is None:
@@ -238,7 +237,7 @@ def make_train_step(
         replicas,
       )
       (losses, aux, (task_weights, weighting_state)), grads = by_weights.at(
-        weigh, state.params, batch, replicas.scales(batch, names)
+        weigh, state.params, *args
       )
       aux = step_gradients.of_slices(aux, micro_batches)
       updates, opt_state = tx.update(

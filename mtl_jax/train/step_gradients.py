@@ -40,16 +40,16 @@ def task_gradients(
     loss_fn, names, micro_batches=micro_batches, has_aux=True, **options
   )
   if not extra_batches:
-    scales = replicas.scales(batch, names)
-    (losses, aux), task_grads = at(params, batch, scales)
-    grad_fn = lambda task_params: at_each(task_params, batch, scales)[1]
+    args = replicas.arguments(batch, names, micro_batches)
+    (losses, aux), task_grads = at(params, *args)
+    grad_fn = lambda task_params: at_each(task_params, *args)[1]
     aux = of_slices(aux, micro_batches)
     return TaskGradients(losses, aux, task_grads, {'grad_fn': grad_fn})
 
   number = 1 + extra_batches
   pieces = slicing.independent(batch, number)
-  scales = [replicas.scales(piece, names) for piece in pieces]
-  found = [at(params, *args) for args in zip(pieces, scales, strict=True)]
+  args = [replicas.arguments(piece, names, micro_batches) for piece in pieces]
+  found = [at(params, *of_piece) for of_piece in args]
   counts = replicas.label_counts(pieces, names)
   shares = counts / jnp.maximum(jnp.sum(counts, axis=0, keepdims=True), 1)
   losses = jnp.sum(shares * jnp.stack([f[0][0] for f in found]), axis=0)
@@ -60,7 +60,7 @@ def task_gradients(
     ),
     number,
   )
-  each = lambda task_params, k: at_each(task_params, pieces[k], scales[k])[1]
+  each = lambda task_params, k: at_each(task_params, *args[k])[1]
   keywords = {
     'grad_fn': lambda task_params: each(task_params, 0),
     'extra_grads': tuple(f[1] for f in found[1:]),
