@@ -118,7 +118,8 @@ def make_config(
       'perturbation': 'global',
       'parallel': {
         # Whose statistics BatchNorm uses in training: those of the whole batch,
-        # or with 'per_device' of the rows of each device.
+        # exchanged at every layer in every pass, or with 'per_device' those of
+        # the rows of each device.
         'batch_norm': 'global',
       },
       'micro_batches': 1,
