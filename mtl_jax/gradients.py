@@ -174,9 +174,9 @@ def task_grad(
       _, stack, own_heads = _scan_tasks(
         lambda i, _: (losses[i], *pull_back(i)),
         names,
-        [jnp.zeros((size, *x.shape), x.dtype) for x in shared],
+        [_zeros_like(x, size) for x in shared],
         heads,
-        losses[0].dtype,
+        losses[0],
       )
     zeros = jax.tree.map(jnp.zeros_like, frozen)
     return (jnp.stack(losses), aux), parts.join(stack, own_heads, zeros)
@@ -228,11 +228,11 @@ def task_grad(
         loss, (shared_grad, head_grad) = evaluate(i, shared)
         return loss, shared_grad, head_grad
 
-      loss_dtype = jax.eval_shape(
+      loss = jax.eval_shape(
         lambda: own_loss(0, [x[0] for x in stack], heads[names[0]])
-      ).dtype
+      )
       losses, shared_grads, own_heads = _scan_tasks(
-        of_task, names, stack, heads, loss_dtype
+        of_task, names, stack, heads, loss
       )
     zeros = jax.tree.map(jnp.zeros_like, frozen)
     return losses, parts.join(shared_grads, own_heads, zeros)
@@ -274,7 +274,7 @@ def _scan_tasks(
   names: tuple[str, ...],
   stack: Any,
   heads: Mapping[str, Any],
-  loss_dtype: Any,
+  loss: Any,
 ) -> tuple[jax.Array, Any, dict[str, Any]]:
   """A loop over tasks that writes each result in the place of its input.
 
@@ -285,7 +285,7 @@ def _scan_tasks(
     stack: leaves [T, ...]; row i becomes the shared gradient of task i, so that
       there is one stack and not two.
     heads: {task: leaves}, of the shapes of the head gradients.
-    loss_dtype: dtype of the losses.
+    loss: a loss, or its shape and dtype.
 
   Returns:
     losses [T], shared gradients [T, ...], head gradients by task.
@@ -309,5 +309,11 @@ def _scan_tasks(
     return losses.at[i].set(loss), stack, own_heads
 
   # Every entry of the carry is overwritten, so the parameters do to start with.
-  start = jnp.zeros(len(names), loss_dtype), list(stack), dict(heads)
+  start = _zeros_like(loss, len(names)), list(stack), dict(heads)
   return jax.lax.fori_loop(0, len(names), step, start)
+
+
+def _zeros_like(x: Any, size: int) -> jax.Array:
+  """Zeros [size, *x.shape] that vary over the mapped axes that `x` does."""
+  # A loop's carry must, inside shard_map(check_vma=True).
+  return jnp.broadcast_to(jnp.zeros_like(x)[None], (size, *x.shape))
