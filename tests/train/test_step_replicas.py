@@ -62,11 +62,18 @@ def _batch():
   return jax.tree.map(jnp.asarray, batch)
 
 
-def _case(make_method=None, *, rho=None, perturbation='global', **options):
+def _case(
+  make_method=None,
+  *,
+  rho=None,
+  perturbation='global',
+  engine='unroll',  # The quickest to compile.
+  **options,
+):
   """`axis_name -> (tx, options of make_train_step)`; flat with a radius."""
 
   def make(axis_name):
-    parts, more = [], dict(options)
+    parts, more = [], {'engine': engine, **options}
     if make_method is not None:
       aggregator = make_method(num_tasks=2, axis_name=axis_name)
       if rho is None:
@@ -89,15 +96,9 @@ def _case(make_method=None, *, rho=None, perturbation='global', **options):
 FAMO = mtl_jax.famo(gamma=0.1)
 CASES = {
   'pcgrad': _case(mtl_jax.pcgrad, micro_batches=2),
-  'f_imtl_g': _case(mtl_jax.imtl_g, rho=0.3),
+  'f_imtl_g': _case(mtl_jax.imtl_g, rho=0.3, engine='scan'),
   'modo': _case(functools.partial(mtl_jax.modo, gamma=0.5)),
   'famo': _case(weighting=FAMO, micro_batches=2),
-  'famo as an aggregator': _case(
-    functools.partial(mtl_jax.weighted, FAMO),
-    after_step=lambda losses, opt_state, active: mtl_jax.after_step(
-      FAMO, losses, opt_state, active
-    ),
-  ),
 }
 
 
@@ -375,6 +376,7 @@ def test_statistics_of_a_resnet_along_an_axis_are_those_of_the_batch():
 def _config(method='f_linear', *, perturbation='global', **parallel):
   config = multi_digits.get_config(f'runlocal,method={method}')
   config.perturbation = perturbation
+  config.engine = 'unroll'
   with config.unlocked():
     config.parallel.update(parallel)
   return config
