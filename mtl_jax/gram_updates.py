@@ -84,9 +84,7 @@ def gram_update(
   * here: time :math:`3 + T (T + 1)`, memory 2;
     with `rho` :math:`1 + 7 T (T + 1) / 2 + 5 T` and 4.
 
-  It is for few tasks and parameters that leave no room for T gradients. On CPU
-  XLA has a slow path alone for convolutions in loops, as for the engine
-  `'scan'` of `task_grad`.
+  It is for few tasks and parameters that leave no room for T gradients.
 
   Args:
     loss_fn: `(params, *args) -> {task: scalar}` (or an array [T]), or `(losses,
