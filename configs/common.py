@@ -117,6 +117,13 @@ def make_config(
       # of the batch (m-sharpness), and gradients are exchanged once a step.
       'perturbation': 'global',
       'parallel': {
+        # 'replicated': every device holds all parameters. 'sharded': they, the
+        # optimizer's state and the task gradients are cut over the devices.
+        'parameters': 'replicated',
+        # Devices that share out the tasks of one part of the batch; a divisor
+        # of the number of tasks. More than 1 evaluates with engine 'vmap', and
+        # is for models of dense layers: XLA gathers batched convolutions.
+        'task_devices': 1,
         # Whose statistics BatchNorm uses in training: those of the whole batch,
         # exchanged at every layer in every pass, or with 'per_device' those of
         # the rows of each device.

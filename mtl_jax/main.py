@@ -167,11 +167,11 @@ def main(argv: Sequence[str]) -> None:
     absl.logging.set_verbosity(absl.logging.WARNING)
     logging.getLogger('mtl_jax').setLevel(logging.INFO)
   given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  if _DISTRIBUTED.value or any(x is not None for x in given):
-    distributed.initialize(*given, timeout_s=_TIMEOUT.value)
-  if _COMPILATION_CACHE.value:
-    keep_compilations(_COMPILATION_CACHE.value)
   try:
+    if _DISTRIBUTED.value or any(x is not None for x in given):
+      distributed.initialize(*given, timeout_s=_TIMEOUT.value)
+    if _COMPILATION_CACHE.value:
+      keep_compilations(_COMPILATION_CACHE.value)
     metrics = loop.train(
       _CONFIG.value, _WORKDIR.value, overwrite_config=_OVERWRITE_CONFIG.value
     )
@@ -183,6 +183,7 @@ def main(argv: Sequence[str]) -> None:
     ValueError,
     FileNotFoundError,
     ConnectionError,
+    TimeoutError,
     window.NonFiniteLossError,
   ) as error:
     logging.debug('The error comes from:', exc_info=True)

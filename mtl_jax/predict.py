@@ -40,6 +40,8 @@ def restore(
   if not path.is_file():
     raise ValueError(f'workdir {workdir} holds no run: there is no {path}')
   config = ml_collections.ConfigDict(json.loads(path.read_text()))
+  # What the run was trained on need not be here.
+  config.parallel.update(parameters='replicated', task_devices=1)
   experiment = experiments.make_experiment(config)
   checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
   try:

@@ -11,7 +11,6 @@ import logging
 import os
 import pathlib
 from typing import Any
-import zlib
 
 import jax
 import numpy as np
@@ -69,7 +68,7 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         arrays=ocp.args.StandardSave(arrays),
-        info=ocp.args.JsonSave({**info, 'checksums': _checksums(arrays)}),
+        info=ocp.args.JsonSave({**info, 'checksums': checksums(arrays)}),
       ),
     )
 
@@ -80,8 +79,10 @@ class Checkpoints:
     and the one before it is read.
 
     Args:
-      template: a state of the same structure, shapes, dtypes and shardings,
-        such as the one training would start from.
+      template: a state of the same structure, shapes and dtypes, such as the
+        one training would start from. Its shardings are those of the result;
+        the checkpoint may have been written with others, by another number of
+        devices or processes.
 
     Returns:
       `(state, info)`, laid out like `template`; None if there is no checkpoint.
@@ -143,7 +144,7 @@ class Checkpoints:
       ),
     )
     arrays, info = items['arrays'], dict(items['info'])
-    written, read = info.pop('checksums'), _checksums(arrays)
+    written, read = info.pop('checksums'), checksums(arrays)
     wrong = [name for name in read if read[name] != written[name]]
     if wrong:
       raise OSError(f'wrong checksum of {", ".join(wrong)}')
@@ -198,14 +199,56 @@ def _unflatten(arrays, template):
   return jax.tree.map_with_path(take, template)
 
 
-def _checksums(arrays):
-  """Checksums of the arrays that every process holds whole."""
-  # A view of the bytes, because not every dtype has a buffer of its own.
-  return {
-    name: zlib.crc32(np.asarray(x).reshape(-1).view(np.uint8))
-    for name, x in arrays.items()
-    if x.is_fully_replicated
-  }
+def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+  """Checksum of each array, which does not depend on how it is sharded.
+
+  It is a sum over entries, which can be taken shard by shard: no process has to
+  hold an array whole.
+
+  Args:
+    arrays: {name: array}, sharded over any devices of all processes.
+
+  Returns:
+    {name: number below 2^32}.
+  """
+  whole: dict[str, int] = {}
+  parts: dict[str, int] = {}
+  for name, x in arrays.items():
+    if x.is_fully_replicated:
+      shards, sums = x.addressable_shards[:1], whole
+    else:
+      shards = [s for s in x.addressable_shards if s.replica_id == 0]
+      sums = parts
+    sums[name] = sum(_sum_of_shard(np.asarray(s.data), s.index) for s in shards)
+  sums = {**whole, **distributed.add_up(parts)}
+  return {name: number % 2**32 for name, number in sums.items()}
+
+
+def _sum_of_shard(shard, index):
+  """Sum of the entries' bits times an odd number of their place, mod 2^32.
+
+  Odd, so that the change of a single entry always shows.
+  """
+  size = shard.dtype.itemsize
+  # Not every dtype has a buffer of its own; all have a size of their own.
+  flat = np.ascontiguousarray(shard).reshape(-1)
+  words = flat.view(f'uint{8 * min(size, 4)}').astype(np.uint32)
+  # Entries of 8 bytes are two words along one more axis.
+  total = words.reshape(shard.shape if size <= 4 else (*shard.shape, size // 4))
+  starts = [cut.start or 0 for cut in index] + [0]
+  for axis in reversed(range(total.ndim)):
+    total = total @ _odd_numbers(axis, starts[axis], total.shape[axis])
+  return int(total)
+
+
+def _odd_numbers(axis, start, count):
+  """An odd number for each place along an axis; others for other axes."""
+  x = np.arange(start, start + count, dtype=np.uint32)
+  # The finishing steps of MurmurHash3, which scatter the bits of near numbers.
+  x = x + np.uint32(axis + 1 << 24)
+  x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+  x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+  return (x ^ (x >> np.uint32(16))) | np.uint32(1)
 
 
 def _check_same(found, wanted):

@@ -1,6 +1,8 @@
 """Devices and processes: start-up, the mesh, and batches on the mesh."""
 
+import collections
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 from typing import Any
 
@@ -9,8 +11,10 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from mtl_jax import types
+from mtl_jax.train import roll_call
 
 DATA_AXIS = 'data'
+TASK_AXIS = 'task'
 
 
 def initialize(
@@ -32,8 +36,9 @@ def initialize(
     timeout_s: seconds to wait for the other processes.
 
   Raises:
-    ValueError: if some but not all of the three are given, or the processes
-      that came together are not `num_processes`.
+    ValueError: if some but not all of the three are given, or processes were
+      given different `num_processes`.
+    TimeoutError: if the three are given and a process did not come; names it.
   """
   given = (coordinator_address, num_processes, process_id)
   if any(x is None for x in given) and any(x is not None for x in given):
@@ -41,34 +46,63 @@ def initialize(
       'coordinator_address, num_processes and process_id go together, got '
       f'{coordinator_address!r}, {num_processes} and {process_id}'
     )
-  jax.distributed.initialize(*given, initialization_timeout=timeout_s)
-  if num_processes is not None and jax.process_count() != num_processes:
-    raise ValueError(
-      f'num_processes is {num_processes}, but JAX sees {jax.process_count()}'
+  if (
+    coordinator_address is not None
+    and num_processes is not None
+    and process_id is not None
+  ):
+    if not 0 <= process_id < num_processes:
+      raise ValueError(
+        f'process_id must be from 0 to num_processes - 1, got {process_id} of '
+        f'{num_processes}'
+      )
+    roll_call.roll_call(
+      coordinator_address, num_processes, process_id, timeout_s
     )
+  jax.distributed.initialize(*given, initialization_timeout=timeout_s)
   # Processes find each other at the first exchange, for which Gloo (on CPU)
   # waits 30 s; from then on they may wait as long as preparing data takes.
   wait_for_all('all processes have started')
 
 
-def make_mesh(devices: Any = None) -> jax.sharding.Mesh:
-  """A mesh of one axis, `'data'`, over all devices of all processes.
+def make_mesh(
+  devices: Any = None, *, task_devices: int = 1
+) -> jax.sharding.Mesh:
+  """A mesh over all devices of all processes.
 
   Devices of one process lie side by side, so that the rows a process holds are
   the rows that the pipeline gives it.
 
   Args:
     devices: the devices; all there are by default.
+    task_devices: n. With 1 the mesh has one axis, `'data'`; with more it has
+      the axes `('data', 'task')` and n devices along `'task'`, which share out
+      the tasks of one part of the batch.
 
   Returns:
     The mesh.
+
+  Raises:
+    ValueError: if n does not divide the number of devices of every process: the
+      rows of a part of the batch would have to be read by two processes.
   """
   devices = jax.devices() if devices is None else devices
   ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+  held = collections.Counter(d.process_index for d in ordered)
+  if task_devices < 1 or any(n % task_devices for n in held.values()):
+    raise ValueError(
+      'parallel.task_devices must be positive and divide the number of devices '
+      f'of every process, got {task_devices} for {len(ordered)} devices, by '
+      f'process {[held[process] for process in sorted(held)]}'
+    )
+  names: tuple[str, ...] = (DATA_AXIS,)
+  shape: tuple[int, ...] = (len(ordered),)
+  if task_devices > 1:
+    names, shape = (DATA_AXIS, TASK_AXIS), (-1, task_devices)
   return jax.sharding.Mesh(
-    np.array(ordered),
-    (DATA_AXIS,),
-    axis_types=(jax.sharding.AxisType.Auto,),
+    np.array(ordered).reshape(shape),
+    names,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(names),
   )
 
 
@@ -80,7 +114,7 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 def batch_sharded(
   mesh: jax.sharding.Mesh, axis: int = 0
 ) -> jax.sharding.NamedSharding:
-  """The sharding of a batch: the axis of its examples over the devices."""
+  """The sharding of a batch: the axis of its examples along `'data'`."""
   spec = jax.sharding.PartitionSpec(*(None,) * axis, DATA_AXIS)
   return jax.sharding.NamedSharding(mesh, spec)
 
@@ -88,12 +122,13 @@ def batch_sharded(
 def check_batch_size(
   batch_size: int, mesh: jax.sharding.Mesh, micro_batches: int = 1
 ) -> None:
-  """Raises a ValueError if a batch does not divide among the devices."""
-  parts = mesh.size * micro_batches
+  """Raises a ValueError if a batch does not divide among its devices."""
+  along_data = mesh.shape[DATA_AXIS]
+  parts = along_data * micro_batches
   if batch_size < 1 or batch_size % parts:
     raise ValueError(
-      f'batch_size must be a positive multiple of {parts} ({mesh.size} devices '
-      f'x {micro_batches} micro-batches), got {batch_size}'
+      f'batch_size must be a positive multiple of {parts} ({along_data} '
+      f'devices x {micro_batches} micro-batches), got {batch_size}'
     )
 
 
@@ -128,6 +163,17 @@ def agree(flag: bool) -> bool:
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def add_up(numbers: Mapping[str, int]) -> dict[str, int]:
+  """Sums over processes, mod 2^32; all must call it, with the same names."""
+  if jax.process_count() == 1 or not numbers:
+    return dict(numbers)
+  own = np.array([x % 2**32 for x in numbers.values()], np.uint32)
+  totals = np.sum(
+    multihost_utils.process_allgather(own), axis=0, dtype=np.uint32
+  )
+  return dict(zip(numbers, map(int, totals), strict=True))
 
 
 def wait_for_all(name: str) -> None:

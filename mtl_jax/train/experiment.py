@@ -23,6 +23,7 @@ from mtl_jax.train import distributed
 from mtl_jax.train import optimizer
 from mtl_jax.train import placement
 from mtl_jax.train import replicas
+from mtl_jax.train import sharding
 from mtl_jax.train import step as steps
 from mtl_jax.train import window as windows
 
@@ -45,6 +46,7 @@ _CHOICES = {
   'compute_dtype': ('float32', 'bfloat16'),
   'perturbation': ('global', 'per_device'),
   'parallel.batch_norm': ('global', 'per_device'),
+  'parallel.parameters': sharding.PARAMETERS,
   # Those that JAX has for all devices.
   'precision': (
     *('default', 'high', 'highest'),
@@ -187,7 +189,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   for name in _per_device(config):
     # There every device holds everything and does every task.
     for key, only in (('parameters', 'replicated'), ('task_devices', 1)):
-      value = config.parallel.get(key, only)
+      value = config.parallel[key]
       if value != only:
         raise ValueError(
           f"{name}='per_device' goes with parallel.{key}={only!r} alone, got "
@@ -220,7 +222,10 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   """
   check_config(config)
   problem = problems.by_name(config.problem)
-  mesh = distributed.make_mesh()
+  mesh = distributed.make_mesh(task_devices=config.parallel.task_devices)
+  layout = sharding.Layout(
+    mesh, problem.task_names, parameters=config.parallel.parameters
+  )
   distributed.check_batch_size(config.batch_size, mesh, config.micro_batches)
   axis_name = distributed.DATA_AXIS if _per_device(config) else None
   trunk = models.by_name(config.model.name, **config.model.kwargs)
@@ -255,6 +260,7 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
     lookahead=config.optimizer.learning_rate,
     after_step=after_step,
     axis_name=axis_name,
+    layout=layout,
   )
   if axis_name is not None:
     step = replicas.per_device(step, mesh)
@@ -270,7 +276,7 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
     return LoopState(train, windows.add(state.window, metrics, train.step))
 
   def eval_and_add(params, model_state, batch, sums):
-    more = eval_step(params, model_state, batch)
+    more = eval_step(layout.gather(params), model_state, batch)
     return jax.tree.map(jnp.add, sums, more)
 
   whole, rows = distributed.replicated(mesh), distributed.batch_sharded(mesh)
@@ -284,6 +290,8 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
     inputs = (whole, inputs)
   sums = jax.eval_shape(eval_step, state.params, state.model_state, batch)
   empty_window = windows.empty(sorted(metrics), problem.task_names)
+  shards = layout.of_state(state)
+  loop_shards = LoopState(shards, whole)
   return Experiment(
     config=config,
     problem=problem,
@@ -294,7 +302,7 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
     steps_per_epoch=epoch,
     total_steps=total_steps,
     init=lambda: LoopState(
-      jax.jit(init, out_shardings=whole)(batch),
+      jax.jit(init, out_shardings=shards)(batch),
       jax.device_put(empty_window, whole),
     ),
     step=jax.jit(
@@ -304,13 +312,13 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
         placement=config.data.placement,
       ),
       donate_argnums=0,
-      in_shardings=(whole, inputs),
-      out_shardings=whole,
+      in_shardings=(loop_shards, inputs),
+      out_shardings=loop_shards,
     ),
     eval_step=jax.jit(
       eval_and_add,
       donate_argnums=3,
-      in_shardings=(whole, whole, rows, whole),
+      in_shardings=(shards.params, whole, rows, whole),
       out_shardings=whole,
     ),
     empty_window=empty_window,

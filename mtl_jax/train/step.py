@@ -18,6 +18,7 @@ from mtl_jax import transforms
 from mtl_jax import types
 from mtl_jax import weighted_gradients
 from mtl_jax.train import replicas as replication
+from mtl_jax.train import sharding
 from mtl_jax.train import step_gradients
 from mtl_jax.train import step_metrics
 
@@ -115,6 +116,7 @@ def make_train_step(
   lookahead: float = 0.0,
   after_step: Callable[..., Any] | None = None,
   axis_name: str | None = None,
+  layout: sharding.Layout | None = None,
 ) -> Callable[
   [TrainState, types.Batch], tuple[TrainState, dict[str, jax.Array]]
 ]:
@@ -149,6 +151,8 @@ def make_train_step(
       statistics are to be those of the whole batch; otherwise they are a
       replica's, and the running ones move by their mean. Dropout draws another
       mask on every replica. Not with a bilevel weighting.
+    layout: where parameters and task gradients live on a mesh, if they are not
+      to be whole on every device.
 
   Returns:
     A pure function `(state, batch) -> (state, metrics)`, to be jitted with the
@@ -176,6 +180,8 @@ def make_train_step(
       'differentiates the losses of the whole batch'
     )
   replicas = replication.Replicas(axis_name)
+  if layout is not None:
+    engine = layout.engine(engine)
 
   def step(state: TrainState, batch: types.Batch):
     batch = problem.preprocess(batch)
@@ -184,6 +190,8 @@ def make_train_step(
     key = replicas.own_key(key)
 
     def loss_fn(params, batch):
+      if layout is not None:
+        params = layout.gather(params)
       predictions, model_state = model.apply(
         params, state.model_state, batch, train=True, key=key
       )
@@ -210,6 +218,7 @@ def make_train_step(
         param_labels=param_labels,
         engine=engine,
         micro_batches=micro_batches,
+        layout=layout,
       )
       usable = active
       if extra_batches:

@@ -30,15 +30,17 @@ def task_gradients(
   replicas,
   extra_batches,
   micro_batches,
+  layout=None,
   **options,
 ):
   """Of the batch; or of its slices, the first for the update.
 
   Losses and gradients are those of the replica, which its optimizer averages.
   """
-  at, at_each = gradients.task_grad(
+  fns = gradients.task_grad(
     loss_fn, names, micro_batches=micro_batches, has_aux=True, **options
   )
+  at, at_each = fns if layout is None else layout.task_grad(fns)
   if not extra_batches:
     args = replicas.arguments(batch, names, micro_batches)
     (losses, aux), task_grads = at(params, *args)

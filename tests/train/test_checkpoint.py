@@ -12,6 +12,8 @@ import pytest
 
 from mtl_jax.train import checkpoint
 from mtl_jax.train import distributed
+from mtl_jax.train import sharding
+from mtl_jax.train import step as steps
 
 
 class _State(NamedTuple):
@@ -109,6 +111,72 @@ def test_state_may_be_donated_while_its_checkpoint_is_written(tmp_path, mesh):
   checkpoints.close()
   restored, _ = _restore(tmp_path, _state(mesh, 0))
   _same(restored, _state(mesh, 5))
+
+
+def _layout(mesh, place):
+  """The same state on other devices, cut as if all its arrays were long."""
+  layout = sharding.Layout(mesh, ('a',), place, min_size=8)
+
+  def put(state):
+    train = steps.TrainState(0, state.params, {}, state)
+    return jax.device_put(state, layout.of_state(train).opt_state)
+
+  return put
+
+
+@pytest.mark.parametrize(
+  'written, read',
+  [
+    ((8, 'sharded'), (8, 'replicated')),
+    ((8, 'replicated'), (8, 'sharded')),
+    ((8, 'sharded'), (1, 'replicated')),
+    ((1, 'replicated'), (8, 'sharded')),
+    ((8, 'sharded'), (4, 'sharded')),
+  ],
+)
+def test_state_comes_back_on_another_topology(tmp_path, mesh, written, read):
+  def lay(state, devices, parameters):
+    mesh = distributed.make_mesh(jax.devices()[:devices])
+    return _layout(mesh, parameters)(jax.device_get(state))
+
+  before = lay(_state(mesh, 3), *written)
+  w = before.params['shared']['w']
+  assert w.is_fully_replicated == (written[1] == 'replicated')
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints.save(3, before, {})
+  checkpoints.close()
+  template = lay(_state(mesh, 0), *read)
+  restored, _ = _restore(tmp_path, template)
+  _same(restored, lay(_state(mesh, 3), *read))
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.int8, jnp.bfloat16, bool])
+@pytest.mark.parametrize('axis', [0, 1, 2])
+def test_checksum_is_of_the_entries_and_their_places_alone(axis, dtype):
+  x = np.random.default_rng(0).integers(0, 2, (4, 8, 4)).astype(dtype)
+  spec = [None, None, None]
+  spec[axis] = ('data', 'task') if axis == 1 else 'data'
+  mesh = distributed.make_mesh(task_devices=2)
+  place = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+  of = lambda x, sharding: checkpoint.checksums(
+    {'x': jax.device_put(x, sharding)}
+  )['x']
+  whole = of(x, distributed.replicated(mesh))
+  assert of(x, place) == whole
+  other = x.copy()
+  other[3, 5, 2] = 1 - other[3, 5, 2]
+  assert of(other, place) == of(other, distributed.replicated(mesh)) != whole
+  assert of(x[:, ::-1], place) != whole
+
+
+def test_damage_to_a_sharded_array_is_noticed(tmp_path, mesh):
+  lay = _layout(mesh, 'sharded')
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints.save(1, lay(_state(mesh, 1)), {})
+  checkpoints.close()
+  _flip_a_bit(_arrays_file(tmp_path, 1))
+  with pytest.raises(ValueError, match='wrong checksum of params/shared/w'):
+    _restore(tmp_path, lay(_state(mesh, 0)))
 
 
 # TensorStore's threads outlive a read that failed.

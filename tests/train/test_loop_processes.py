@@ -47,8 +47,16 @@ def _assert_close(lines, expected):
 
 
 def test_processes_train_as_one_stop_together_and_one_goes_on(tmp_path):
-  config = 'configs/multi_digits.py:runlocal,method=linear'
-  overrides = ['--config.epochs=1', '--config.checkpoint_every_steps=64']
+  """Two processes of two devices each, which share the parameters out."""
+  config = 'configs/multi_digits.py:runlocal,method=f_cagrad'
+  overrides = [
+    *('--config.epochs=1', '--config.checkpoint_every_steps=64'),
+    # Wide enough for a kernel that is cut.
+    *(
+      '--config.model.kwargs.widths=(64,)',
+      '--config.parallel.parameters=sharded',
+    ),
+  ]
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
@@ -60,7 +68,10 @@ def test_processes_train_as_one_stop_together_and_one_goes_on(tmp_path):
         *(f'--coordinator_address=127.0.0.1:{port}', f'--process_id={i}'),
       ],
       cwd=pathlib.Path(__file__).parents[2],
-      env={**os.environ, 'XLA_FLAGS': ''},
+      env={
+        **os.environ,
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+      },
       stdout=subprocess.DEVNULL,
       stderr=subprocess.PIPE,
       text=True,
@@ -68,7 +79,7 @@ def test_processes_train_as_one_stop_together_and_one_goes_on(tmp_path):
     for i in range(2)
   ]
   try:
-    errors = [process.communicate(timeout=200)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
   finally:
     for process in processes:
       process.kill()
@@ -77,7 +88,7 @@ def test_processes_train_as_one_stop_together_and_one_goes_on(tmp_path):
   assert 'another process stopped the run after step 20 of 64' in errors[0]
   assert 'SIGTERM stopped the run after step 20 of 64' in errors[1]
   record = json.loads((tmp_path / 'two' / 'run.json').read_text())
-  assert (record['num_processes'], record['num_devices']) == (2, 2)
+  assert (record['num_processes'], record['num_devices']) == (2, 4)
 
   config = main.load_config(config, overrides)
   loop.train(config, tmp_path / 'one')

@@ -1,6 +1,11 @@
 """Eight devices with a part of the batch each give the update of one device."""
 
 import functools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +17,8 @@ import quadratics
 import quick_compile
 
 import mtl_jax
+from mtl_jax.train import distributed
+from mtl_jax.train import sharding
 
 DEVICES = 8
 ROWS = 2 * DEVICES
@@ -67,13 +74,14 @@ def make():
 PARAMS, BATCH = make()
 
 
-def step(params, batch, *, mark=lambda params: params, **axes):
+def step(params, batch, *, mark=lambda params: params, layout=None, **axes):
   """Updates and what the state shows, of every case.
 
   Args:
     params: replicated.
     batch: the rows of this replica, or all of them.
     mark: what is done to the parameters before they are differentiated.
+    layout: as in `mtl_jax.train.step.make_train_step`.
     **axes: of the method.
   """
   counts = {task: jnp.sum(mask) for task, mask in batch['mask'].items()}
@@ -83,6 +91,8 @@ def step(params, batch, *, mark=lambda params: params, **axes):
   divisors = everywhere if axes.get('reduce') == 'sum' else counts
 
   def loss_fn(params, batch):
+    if layout is not None:
+      params = layout.gather(params)
     hidden = jnp.tanh(
       batch['image'] @ params['shared']['kernel'] + params['shared']['bias']
     )
@@ -95,7 +105,12 @@ def step(params, batch, *, mark=lambda params: params, **axes):
       for task in NAMES
     }
 
-  at, at_each = mtl_jax.task_grad(loss_fn, NAMES)
+  fns = mtl_jax.task_grad(
+    loss_fn,
+    NAMES,
+    engine='unroll' if layout is None else 'vmap',
+  )
+  at, at_each = fns if layout is None else layout.task_grad(fns)
   (losses, _), task_grads = at(mark(params), batch)
   active = jnp.stack([everywhere[task] for task in NAMES]) > 0
   found = {}
@@ -139,6 +154,25 @@ def with_sharded_parameters():
   )
 
 
+def with_layout(batch=BATCH):
+  """As training does it: parameters in shards, two devices to share out tasks.
+
+  Either of these alone is tested with training's step.
+
+  Args:
+    batch: the rows of this process.
+  """
+  mesh = distributed.make_mesh(task_devices=2)
+  layout = sharding.Layout(mesh, NAMES, 'sharded', min_size=1)
+  return quick_compile.jit(
+    functools.partial(step, layout=layout),
+    out_shardings=distributed.replicated(mesh),
+  )(
+    jax.device_put(jax.tree.map(np.asarray, PARAMS), layout.of_params(PARAMS)),
+    distributed.put_batch(jax.tree.map(np.asarray, batch), mesh),
+  )
+
+
 def with_shard_map(*, check_vma, reduce):
   vary = lambda params: jax.lax.pcast(params, 'batch', to='varying')
   mapped = jax.shard_map(
@@ -178,6 +212,7 @@ PLACES = {
   'one device': on_one_device,
   'jit': with_plain_jit,
   'jit, sharded parameters': with_sharded_parameters,
+  'jit, sharded parameters and tasks': with_layout,
   'shard_map, mean': functools.partial(
     with_shard_map, check_vma=False, reduce='mean'
   ),
@@ -228,6 +263,66 @@ def test_gram_matrices_are_those_of_the_whole_batch(place, kind, name):
   assert grams
   for key in grams:
     assert_trees_close(shown[key], expected[key], 1e-3)
+
+
+_PROCESS = """
+import sys
+import jax
+import numpy as np
+from mtl_jax.train import distributed
+
+address, process, out = sys.argv[1:]
+distributed.initialize(address, 2, int(process), timeout_s=100)
+sys.path[:0] = ['tests', 'tests/transforms']
+import test_sharding as test
+
+assert (jax.process_count(), jax.device_count()) == (2, 4)
+# To compile all in two processes would cost more than it tells.
+test.CASES = [case for case in test.CASES if case[1] == 'plain']
+rows = np.arange(test.ROWS).reshape(2, -1)[int(process)]
+found = test.with_layout(jax.tree.map(lambda x: x[rows], test.BATCH))
+np.savez(out, *map(np.asarray, jax.tree.leaves(found)))
+"""
+
+
+def test_two_processes_of_two_devices_give_the_updates_of_one_device(tmp_path):
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  processes = [
+    subprocess.Popen(
+      [
+        *(sys.executable, '-c', _PROCESS),
+        *(address, str(i), str(tmp_path / f'{i}.npz')),
+      ],
+      cwd=pathlib.Path(__file__).parents[2],
+      env={
+        **os.environ,
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+      },
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  for process, error in zip(processes, errors, strict=True):
+    assert process.returncode == 0, error
+  expected = {
+    f'{name} {kind}': results('one device')[f'{name} {kind}']
+    for name, kind in CASES
+    if kind == 'plain'
+  }
+  for i in range(2):
+    with np.load(tmp_path / f'{i}.npz') as file:
+      leaves = [file[name] for name in file.files]
+    found = jax.tree.unflatten(jax.tree.structure(expected), leaves)
+    for case, (updates, _) in expected.items():
+      assert_trees_close(found[case][0], updates)
 
 
 def linear_step(params, batch, *, kind, marked):

@@ -1,0 +1,128 @@
+"""Whether all processes are there, asked before JAX is started.
+
+JAX ends a process whose companions do not come by an abort that names none of
+them. Here they meet first, on the port that JAX will use, and are told.
+"""
+
+import json
+import select
+import socket
+import time
+
+# How long to read one line of a process, or to see it hang up.
+_ANSWER_S = 5.0
+
+
+def roll_call(
+  address: str, num_processes: int, process_id: int, timeout_s: float
+) -> None:
+  """Returns when all processes have called this with the same number.
+
+  Args:
+    address: `host:port` of process 0; the port is free again afterwards.
+    num_processes: number of processes.
+    process_id: which of them this is.
+    timeout_s: seconds to wait for the others.
+
+  Raises:
+    TimeoutError: if a process did not come; names it.
+    ValueError: if processes differ in `num_processes`, or two have one
+      `process_id`, in all of them; and for an address without a port.
+  """
+  host, _, port = address.rpartition(':')
+  if not host or not port.isdigit():
+    raise ValueError(f'coordinator_address must be host:port, got {address!r}')
+  deadline = time.monotonic() + timeout_s
+  if process_id == 0:
+    _call(address, int(port), num_processes, timeout_s, deadline)
+  else:
+    _answer(
+      (host.strip('[]'), int(port)),
+      *(num_processes, process_id, timeout_s, deadline),
+    )
+
+
+def _call(address, port, num_processes, timeout_s, deadline):
+  """Process 0: waits for the others and tells them how it went."""
+  there: dict[int, socket.socket] = {}
+  error: Exception | None = None
+  dual = socket.has_dualstack_ipv6()
+  with socket.create_server(
+    ('', port),
+    family=socket.AF_INET6 if dual else socket.AF_INET,
+    dualstack_ipv6=dual,
+    backlog=num_processes,
+  ) as server:
+    while error is None and len(there) < num_processes - 1:
+      left = deadline - time.monotonic()
+      if left <= 0:
+        missing = sorted(set(range(1, num_processes)) - there.keys())
+        error = TimeoutError(
+          f'of num_processes={num_processes} the processes {missing} did not '
+          f'come to {address} within {timeout_s} s'
+        )
+        break
+      ready, _, _ = select.select([server, *there.values()], [], [], left)
+      # Only who gives up says anything while waiting.
+      for i in [i for i, other in there.items() if other in ready]:
+        there.pop(i).close()
+      if server in ready:
+        error = _admit(server.accept()[0], there, num_processes)
+    for other in there.values():
+      _tell(other, error)
+  if error is not None:
+    raise error
+
+
+def _admit(other, there, num_processes):
+  """Notes who has come; returns what is wrong with it, if anything."""
+  other.settimeout(_ANSWER_S)
+  try:
+    said = json.loads(other.makefile().readline())
+    i, number = int(said['process_id']), int(said['num_processes'])
+  except (OSError, ValueError, TypeError, KeyError):
+    other.close()  # Not one of ours, such as a scan for open ports.
+    return None
+  taken = i in there or not 0 < i < num_processes
+  there[-1 if taken else i] = other
+  if number != num_processes:
+    return ValueError(
+      f'num_processes is {num_processes} in process 0, but {number} in process '
+      f'{i}'
+    )
+  return ValueError(f'two processes have process_id {i}') if taken else None
+
+
+def _tell(other, error):
+  kind = None if error is None else type(error).__name__
+  with other:
+    try:
+      other.sendall((json.dumps([kind, str(error)]) + '\n').encode())
+      # The side that hangs up first keeps the port for a while.
+      other.recv(1)
+    except OSError:
+      return  # It has gone; JAX will notice if it is missed.
+
+
+def _answer(place, num_processes, process_id, timeout_s, deadline):
+  """Any other process: reports, and waits for what process 0 says."""
+  name = f'process 0 at {place[0]}:{place[1]}'
+  said = ''
+  while not said:
+    left = deadline - time.monotonic()
+    if left <= 0:
+      raise TimeoutError(f'{name} did not answer within {timeout_s} s')
+    try:
+      with socket.create_connection(place, timeout=left) as zero:
+        line = {'process_id': process_id, 'num_processes': num_processes}
+        zero.sendall((json.dumps(line) + '\n').encode())
+        # So that it can say that others are missing, if it is as patient.
+        zero.settimeout(left + _ANSWER_S)
+        said = zero.makefile().readline()
+    except OSError:
+      said = ''  # It may not have started yet.
+    if not said:
+      time.sleep(0.1)
+  kind, message = json.loads(said)
+  if kind is not None:
+    raise {'TimeoutError': TimeoutError}.get(kind, ValueError)(message)

@@ -1,0 +1,241 @@
+"""Where everything of a step lives on a mesh, told to the compiler.
+
+A step is written for one device. `Layout` says which array is cut along which
+of its axes, and the compiler puts in the communication. It has to be told in
+two places. Parameters are gathered where a loss function uses them, so that
+activations stay where their rows are, and their gradients come back in shards.
+Stacks of task gradients are cut by tasks while they are computed and by entries
+while they are aggregated.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from mtl_jax import gradients
+from mtl_jax import transforms
+from mtl_jax import types
+from mtl_jax.train import distributed
+from mtl_jax.transforms import _labels
+
+PARAMETERS = ('replicated', 'sharded')
+
+# A collective takes some microseconds whatever it carries, in which a fast link
+# carries some ten thousand bytes. Of the 66 leaves of ResNet-18 with two heads
+# 45 have fewer entries than this, together 0.1 % of all.
+MIN_SIZE = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How parameters, optimizer states and stacks are laid out on a mesh.
+
+  Tasks that devices share out are for models of dense layers: a convolution
+  that is batched over tasks has groups, whose inputs XLA gathers
+  (results/benchmarks/communication.json, LeNet).
+
+  A leaf is cut along its longest axis that the number of parts divides; one
+  that has none, or fewer than `min_size` entries, stays whole on every device.
+
+  Attributes:
+    mesh: of `distributed.make_mesh`.
+    task_names: the tasks.
+    parameters: `'replicated'`, or `'sharded'`: parameters, their optimizer
+      state and their rows of the stacks are cut over the mesh's axis `'data'`.
+    param_labels: see `mtl_jax.shared_only`.
+    min_size: entries of the smallest leaf that is cut.
+  """
+
+  mesh: jax.sharding.Mesh
+  task_names: tuple[str, ...]
+  parameters: str = 'replicated'
+  param_labels: transforms.ParamLabels = transforms.default_labels
+  min_size: int = MIN_SIZE
+
+  def __post_init__(self):
+    if self.parameters not in PARAMETERS:
+      raise ValueError(
+        f'parallel.parameters must be one of {PARAMETERS}, got '
+        f'{self.parameters!r}'
+      )
+    if len(self.task_names) % self.task_devices:
+      raise ValueError(
+        'parallel.task_devices must divide the number of tasks, got '
+        f'{self.task_devices} for the {len(self.task_names)} tasks '
+        f'{self.task_names}'
+      )
+
+  @property
+  def task_devices(self) -> int:
+    """Number of devices along the mesh's axis `'task'`."""
+    return self.mesh.shape.get(distributed.TASK_AXIS, 1)
+
+  def engine(self, engine: str) -> str:
+    """The engine of `mtl_jax.task_grad` for this layout.
+
+    Args:
+      engine: the one that was asked for.
+
+    Returns:
+      The same; `'vmap'` for `'auto'` where devices share out the tasks.
+
+    Raises:
+      ValueError: if devices share out the tasks and the engine takes them in
+        turn.
+    """
+    if self.task_devices == 1:
+      return engine
+    if engine not in ('auto', 'vmap'):
+      raise ValueError(
+        f'engine {engine!r} takes tasks in turn, but parallel.task_devices is '
+        f"{self.task_devices}: engine must be 'vmap'"
+      )
+    return 'vmap'
+
+  def of_params(self, params: types.Params) -> Any:
+    """The shardings of parameters, or of their shapes."""
+    return self._of_tree(params, self._parameter_axes)
+
+  def of_state(self, state: Any) -> Any:
+    """The shardings of a state of training.
+
+    What updates the parameters lies where stacks are aggregated, so that only
+    parameters have to travel afterwards. In it a leaf [T, *shape], where a
+    parameter has that shape, is a stack; any other one is cut as a parameter of
+    its shape is.
+
+    Args:
+      state: a `TrainState`, or its shapes.
+
+    Returns:
+      The same tuple with shardings.
+    """
+    params = state.params
+    shapes = {x.shape for x in jax.tree.leaves(params)}
+    updating = lambda tree: self._of_tree(tree, self._aggregation_axes, shapes)
+    return state._replace(
+      step=self._named(),
+      params=self.of_params(params),
+      model_state=jax.tree.map(lambda _: self._named(), state.model_state),
+      opt_state=updating(state.opt_state),
+      weighting=updating(state.weighting),
+    )
+
+  def gather(self, params: types.Params) -> types.Params:
+    """Parameters as a loss function needs them: all of them, everywhere.
+
+    Derivatives with respect to them are laid out as the parameters are.
+    """
+    if not self._parameter_axes:
+      return params
+    return jax.tree.map(
+      lambda x, shards: _gathered(x, self._named(), shards),
+      params,
+      self.of_params(params),
+    )
+
+  def task_grad(self, fns: gradients.TaskGrad) -> gradients.TaskGrad:
+    """The same functions, with their arguments and results laid out.
+
+    Args:
+      fns: of `mtl_jax.task_grad`.
+
+    Returns:
+      The pair; its stacks are cut as an aggregator wants them: all rows of a
+      part of the entries, so that each device has a part of every inner product
+      of two rows, and only [T, T] numbers are summed over devices.
+    """
+    if not self._aggregation_axes:
+      return fns
+
+    # Whatever an aggregator is given or makes is laid out here, because where
+    # the compiler may choose it goes on to cut [T, T] matrices, and then there
+    # is communication in every iteration of a solver.
+    def at(params, *args):
+      (losses, aux), task_grads = fns.at(params, *args)
+      losses = jax.lax.with_sharding_constraint(losses, self._named())
+      return (losses, aux), self._by_entries(self._by_tasks(task_grads))
+
+    def at_each(task_params, *args):
+      task_params = self._by_tasks(self._by_entries(task_params))
+      losses, task_grads = fns.at_each(task_params, *args)
+      return losses, self._by_entries(self._by_tasks(task_grads))
+
+    return gradients.TaskGrad(at, at_each)
+
+  @property
+  def _parameter_axes(self) -> tuple[str, ...]:
+    return (distributed.DATA_AXIS,) if self.parameters == 'sharded' else ()
+
+  @property
+  def _aggregation_axes(self) -> tuple[str, ...]:
+    tasks = (distributed.TASK_AXIS,) if self.task_devices > 1 else ()
+    return self._parameter_axes + tasks
+
+  def _by_tasks(self, stacks):
+    """Each row where its task is computed."""
+    if self.task_devices == 1:
+      return stacks
+    return self._constrain(stacks, distributed.TASK_AXIS, self._parameter_axes)
+
+  def _by_entries(self, stacks):
+    """All rows of a part of the entries."""
+    return self._constrain(stacks, None, self._aggregation_axes)
+
+  def _constrain(self, tree, rows, axes):
+    """Lays out a tree of task gradients or task parameters."""
+    partition = _labels.Partition(self.param_labels, tree, self.task_names)
+    shardings = [
+      self._named(rows, *self._cut(x.shape[1:], axes))
+      if label == _labels.SHARED
+      else self._named(*self._cut(x.shape, axes))
+      for x, label in zip(partition.leaves(tree), partition.labels, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(tree, partition.tree(shardings))
+
+  def _of_tree(self, tree, axes, stacks_of=frozenset()):
+    def sharding(x):
+      if x.shape[:1] == (len(self.task_names),) and x.shape[1:] in stacks_of:
+        return self._named(None, *self._cut(x.shape[1:], axes))
+      return self._named(*self._cut(x.shape, axes))
+
+    return jax.tree.map(sharding, tree)
+
+  def _cut(self, shape: Sequence[int], axes: tuple[str, ...]) -> list[Any]:
+    """The mesh axes that each axis of a leaf lies along."""
+    cut: list[Any] = [None] * len(shape)
+    parts = math.prod(self.mesh.shape[axis] for axis in axes)
+    able = [i for i, n in enumerate(shape) if n % parts == 0]
+    if parts > 1 and able and math.prod(shape) >= self.min_size:
+      cut[max(able, key=lambda i: shape[i])] = axes
+    return cut
+
+  def _named(self, *axes):
+    return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x, whole, shards):
+  """X laid out as `whole`, its cotangent as `shards`."""
+  return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gathered_forward(x, whole, shards):
+  return _gathered(x, whole, shards), None
+
+
+def _gathered_backward(whole, shards, _, cotangent):
+  # From the shards alone the compiler may go back to cutting activations along
+  # another axis than their rows. A sum over devices of which each keeps a shard
+  # is one reduce-scatter, where the backend has one.
+  cotangent = jax.lax.with_sharding_constraint(cotangent, whole)
+  return (jax.lax.with_sharding_constraint(cotangent, shards),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
