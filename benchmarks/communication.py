@@ -200,7 +200,7 @@ def markdown(title, rows):
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--out', type=pathlib.Path, required=True)
-  parser.add_argument('--cases', default='mlp:2,mlp:8,lenet:8,lenet:2')
+  parser.add_argument('--cases', default='mlp:2,mlp:8,lenet:2')
   parser.add_argument('--modes', default=','.join(MODES).replace(', ', '; '))
   args = parser.parse_args()
   modes = [mode.replace('; ', ', ') for mode in args.modes.split(',')]
