@@ -134,7 +134,7 @@ def cr_mogm(
     weights, kept = _average(old, new, active, a)
     inner_products = given.gram @ weights
     return _lift.Combined(
-      updates=_inner.weighted_sum(weights, given.task_grads),
+      updates=_inner.weighted_sum(weights, given.unmasked, given.active),
       weights=weights,
       residual=getattr(state, 'residual', None),
       memory=CrMogmMemory(

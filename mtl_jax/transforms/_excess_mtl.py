@@ -137,7 +137,7 @@ def excess_mtl(
     room = jnp.where(jnp.all(active), 0, room)
     weights = jnp.where(active, jnp.exp(log_weights), 0)
     return _lift.Combined(
-      updates=_inner.weighted_sum(weights, given.task_grads),
+      updates=_inner.weighted_sum(weights, given.unmasked, given.active),
       weights=weights,
       memory=ExcessMtlMemory(
         squares,

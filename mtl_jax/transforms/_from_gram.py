@@ -106,7 +106,7 @@ def from_gram(
     weights = jnp.where(given.active, found.weights, 0).astype(given.gram.dtype)
     inner = given.gram @ weights
     return _lift.Combined(
-      updates=_inner.weighted_sum(weights, given.task_grads),
+      updates=_inner.weighted_sum(weights, given.unmasked, given.active),
       weights=weights,
       residual=found.residual,
       memory=found.memory,

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 
 from mtl_jax.transforms import _aggregator
 
+# Numbers of a row that are multiplied at once, and rows that are added at once.
 _PIECE = 2**14
+_ROWS_A_PASS = 8
 
 
 def on_cpu() -> bool:
@@ -118,12 +120,39 @@ def row(weights: jax.Array, leaf: jax.Array) -> jax.Array:
   return weights.reshape(weights.shape + (1,) * (leaf.ndim - 1))
 
 
-def weighted_sum(weights: jax.Array, task_grads: Any) -> Any:
+def _sum_of_rows(
+  weights: jax.Array, leaf: jax.Array, active: jax.Array | None, dtype: Any
+) -> jax.Array:
+  """The weighted sum of rows, so many of them in one pass over memory."""
+  size = weights.shape[0]
+
+  def weighed(k):
+    one = leaf[k] if active is None else jnp.where(active[k], leaf[k], 0)
+    return weights[k] * one.astype(dtype)
+
+  def add(i, total):
+    # Of one expression for all rows XLA makes a second stack when they are
+    # many.
+    for k in range(_ROWS_A_PASS):
+      total = total + weighed(first + i * _ROWS_A_PASS + k)
+    return total
+
+  # Those that leave whole passes; one at least, to start from.
+  first = (size - 1) % _ROWS_A_PASS + 1
+  total = sum(map(weighed, range(first)))
+  return jax.lax.fori_loop(0, (size - first) // _ROWS_A_PASS, add, total)
+
+
+def weighted_sum(
+  weights: jax.Array, task_grads: Any, active: jax.Array | None = None
+) -> Any:
   """Sum of task gradients.
 
   Args:
     weights: [T].
     task_grads: tree of leaves [T, *shape].
+    active: bool [T], the rows to add up, whatever the others hold; all by
+      default.
 
   Returns:
     Tree of leaves [*shape], summed in float32 at least, in the leaves' dtype.
@@ -132,10 +161,10 @@ def weighted_sum(weights: jax.Array, task_grads: Any) -> Any:
   def combine(leaf):
     dtype = wide(leaf.dtype)
     if on_cpu():
-      size = weights.shape[0]
-      total = sum(weights[i] * leaf[i].astype(dtype) for i in range(size))
+      total = _sum_of_rows(weights, leaf, active, dtype)
     else:
-      total = jnp.sum(row(weights, leaf) * leaf.astype(dtype), axis=0)
+      rows = keep_active(active, leaf).astype(dtype)
+      total = jnp.sum(row(weights, leaf) * rows, axis=0)
     return total.astype(leaf.dtype)
 
   return jax.tree.map(combine, task_grads)

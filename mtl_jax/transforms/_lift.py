@@ -77,6 +77,8 @@ class Given(NamedTuple):
     memory: what the rule remembered last; None without memory.
     extra_grads: further stacks like `task_grads`, from independent batches.
     axes: the mapped axes, for sums over the shards of parameters.
+    unmasked: `task_grads` with whatever stands in the rows of absent tasks, for
+      a rule that masks row by row and so needs no second stack.
   """
 
   task_grads: Any
@@ -87,6 +89,7 @@ class Given(NamedTuple):
   memory: Any
   extra_grads: tuple[Any, ...]
   axes: _aggregator.Axes
+  unmasked: Any
 
 
 class Combined(NamedTuple):
@@ -226,6 +229,7 @@ def lift(
         memory=remembered,
         extra_grads=(stack,) * extra_batches,
         axes=None,
+        unmasked=stack,
       ),
     )
     task_weights, residual = shapes
@@ -258,6 +262,7 @@ def lift(
     present = _aggregator.full_active(active, size)
     losses = _aggregator.check_losses(losses, size)
     gram = _inner.gram(task_grads, size, axes)
+    unmasked = task_grads
     if active is not None:
       # After the product, not before: it would need the masked stack in memory.
       gram = jnp.where(present[:, None] & present[None, :], gram, 0)
@@ -278,6 +283,7 @@ def lift(
         state.memory,
         extra_grads,
         axes,
+        unmasked,
       )
     )
     updates, remembered = found.updates, found.memory

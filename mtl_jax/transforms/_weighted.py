@@ -79,7 +79,7 @@ def weighted(
         extra_args,
       )
       return _lift.Combined(
-        _inner.weighted_sum(weights, given.task_grads),
+        _inner.weighted_sum(weights, given.unmasked, given.active),
         weights=weights,
         memory=WeightedMemory(state),
       )
