@@ -261,11 +261,12 @@ def _conv_by_bands(x, kernel, strides, padding, precision):
     ],
     axis=3,
   )
+  # With one axis of space: as images one column wide it takes twice as long.
   out = _conv_in_layout(
-    x.reshape(batch, rows, 1, width * channels),
-    bands.reshape(height, 1, width * channels, out_size[1] * features),
-    (1, 1),
-    (padding[0], (0, 0)),
+    x.reshape(batch, rows, width * channels),
+    bands.reshape(height, width * channels, out_size[1] * features),
+    (1,),
+    padding[:1],
     precision,
   )
   return out.reshape(batch, *out_size, features)
@@ -273,17 +274,19 @@ def _conv_by_bands(x, kernel, strides, padding, precision):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv_in_layout(x, kernel, strides, padding, precision):
-  """The native convolution; so are both products of its derivative."""
+  """The native convolution, over one or two axes of space."""
   return _native(x, kernel, padding, precision, strides=strides)
 
 
-def _native(x, kernel, padding, precision, *, strides=(1, 1), **dilation):
+def _native(x, kernel, padding, precision, *, strides=None, **dilation):
+  space = 'HW'[: x.ndim - 2]
+  layout = f'N{space}C', f'{space}IO', f'N{space}C'
   return lax.conv_general_dilated(
     x,
     kernel,
-    strides,
+    strides or (1,) * len(space),
     padding,
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    dimension_numbers=layout,
     precision=precision,
     **dilation,
   )
@@ -297,14 +300,15 @@ def _conv_in_layout_forward(x, kernel, strides, padding, precision):
 def _conv_in_layout_backward(strides, padding, precision, saved, cotangent):
   """Both gradients as convolutions whose operands are transposed first."""
   x, kernel = saved
+  axes = tuple(range(len(strides)))
   before = [low for low, _ in padding]
   # From the first to the last output, in steps of the input; a stride leaves
   # rows between them and, where it does not divide, rows behind the last.
-  spans = [(cotangent.shape[1 + i] - 1) * strides[i] + 1 for i in range(2)]
-  mirrored = [kernel.shape[i] - 1 - before[i] for i in range(2)]
+  spans = [(cotangent.shape[1 + i] - 1) * strides[i] + 1 for i in axes]
+  mirrored = [kernel.shape[i] - 1 - before[i] for i in axes]
   of_x = _native(
     cotangent,
-    jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2),
+    jnp.flip(kernel, axes).swapaxes(-1, -2),
     [
       (low, x.shape[1 + i] + kernel.shape[i] - 1 - spans[i] - low)
       for i, low in enumerate(mirrored)
@@ -312,9 +316,10 @@ def _conv_in_layout_backward(strides, padding, precision, saved, cotangent):
     precision,
     lhs_dilation=strides,
   )
+  # Channels are the batch, and the batch is the channels.
   of_kernel = _native(
-    x.transpose(3, 1, 2, 0),
-    cotangent.transpose(1, 2, 0, 3),
+    jnp.swapaxes(x, 0, -1),
+    jnp.moveaxis(cotangent, 0, -2),
     [
       (low, kernel.shape[i] - 1 + spans[i] - x.shape[1 + i] - low)
       for i, low in enumerate(before)
@@ -322,7 +327,7 @@ def _conv_in_layout_backward(strides, padding, precision, saved, cotangent):
     precision,
     rhs_dilation=strides,
   )
-  return of_x, of_kernel.transpose(1, 2, 0, 3)
+  return of_x, jnp.moveaxis(of_kernel, 0, -2)
 
 
 _conv_in_layout.defvjp(_conv_in_layout_forward, _conv_in_layout_backward)
