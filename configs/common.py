@@ -114,7 +114,9 @@ def make_config(
       # which chooses by platform.
       'engine': 'auto',
       # 'per_device': each device perturbs by the task gradients of its own rows
-      # of the batch (m-sharpness), and gradients are exchanged once a step.
+      # of the batch (m-sharpness), and gradients are exchanged once a step. How
+      # many rows those are, and so the numbers, depends on how many devices
+      # there are; so it is with batch_norm below.
       'perturbation': 'global',
       'parallel': {
         # 'replicated': every device holds all parameters. 'sharded': they, the

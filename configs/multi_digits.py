@@ -29,7 +29,7 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
     problem='multi_digits',
     method=methods.entry(args.method, rho=0.2),
     model='mlp',
-    model_kwargs={'widths': (256, 128), 'dropout': 0.0},
+    model_kwargs={'widths': (256, 128), 'dropout': 0.0, 'remat': 'none'},
     seed=args.seed,
   )
   config.batch_size = 128

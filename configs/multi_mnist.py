@@ -15,7 +15,7 @@ Expected score: ResNet-18 at 200 epochs is not yet run. LeNet, two epochs,
   seeds, 96.3 and 94.9 (results/multi_mnist_lenet_2_epochs.json).
 
 Arguments: `dataset` (multi_mnist, multi_fashion, multi_fashion_and_mnist),
-`model` (resnet18, lenet), `method`, `seed`, `runlocal`; see
+`model` (resnet18, lenet, vit_s), `method`, `seed`, `runlocal`; see
 `configs/methods.py` for methods.
 """
 
@@ -30,15 +30,25 @@ _MODELS = {
     'widths': (64, 128, 256, 512),
     'blocks': (2, 2, 2, 2),
     'features': 100,
+    'remat': 'none',
   },
   'lenet': {'features': 50},
+  'vit_s': {
+    'patch_size': 4,
+    'width': 384,
+    'blocks': 12,
+    'hidden': 1536,
+    'remat': 'none',
+  },
 }
 # The authors' for ResNet-18. For LeNet the best on the validation split after
 # two epochs among 0.2, 0.5 and 1.
-_RADII = {'resnet18': 2.0, 'lenet': 0.2}
+# For ViT-S not chosen yet.
+_RADII = {'resnet18': 2.0, 'lenet': 0.2, 'vit_s': 0.2}
 _TINY = {
   'resnet18': {'widths': (4, 8), 'blocks': (1, 1), 'features': 8},
   'lenet': {'features': 8},
+  'vit_s': {'patch_size': 12, 'width': 24, 'blocks': 1, 'hidden': 32},
 }
 
 

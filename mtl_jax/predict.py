@@ -42,6 +42,7 @@ def restore(
   config = ml_collections.ConfigDict(json.loads(path.read_text()))
   # What the run was trained on need not be here.
   config.parallel.update(parameters='replicated', task_devices=1)
+  config.data.placement = 'host'
   experiment = experiments.make_experiment(config)
   checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
   try:

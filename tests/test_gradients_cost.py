@@ -119,7 +119,7 @@ def test_a_frozen_leaf_costs_no_gradient():
 
 def temporary_copies(method, engine, tasks):
   """Temporary memory of an update, in copies of the shared parameters."""
-  width, names = 512, NAMES[:tasks]
+  width, names = 512, tuple(f'task_{i}' for i in range(tasks))
   params = {
     'shared': {f'layer_{i}': jnp.ones((width, width)) for i in range(3)},
     'heads': {task: jnp.ones((width, 1)) for task in names},
@@ -155,11 +155,15 @@ def temporary_copies(method, engine, tasks):
   return compiled.memory_analysis().temp_size_in_bytes / size
 
 
-@pytest.mark.parametrize('name', ['linear', 'pcgrad', 'cagrad'])
-@pytest.mark.parametrize('tasks', [2, 4])
+@pytest.mark.parametrize(
+  ('name', 'tasks'),
+  # The last has more rows than are added up in one pass.
+  [('linear', 2), ('pcgrad', 2), ('cagrad', 2), ('cagrad', 4), ('linear', 18)],
+)
 def test_a_flat_update_in_a_loop_holds_two_stacks_and_little_more(name, tasks):
   method = lambda names: mtl_jax.flat_minima(getattr(mtl_jax, name)(), names)
-  assert temporary_copies(method, 'scan', tasks) <= 2 * tasks + 3
+  # The half is a piece of every row, as inner products take them.
+  assert temporary_copies(method, 'scan', tasks) <= 2 * tasks + 3.5
 
 
 @pytest.mark.parametrize('name', ['linear', 'cagrad'])

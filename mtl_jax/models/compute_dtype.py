@@ -15,6 +15,10 @@ def in_dtype(model: types.Model, dtype: str) -> types.Model:
   keep their dtypes, and with them all that is made of them: norms, Gram
   matrices, solvers, the optimizer. With `'float32'` it is the model itself.
 
+  What of a flat gradient is rounding of `dtype` is not told from the rest:
+  `flat_minima` knows the gradients' dtype alone. The radius has to be large
+  enough.
+
   Args:
     model: a model of float32 parameters.
     dtype: name of a floating-point dtype, such as `'bfloat16'`.

@@ -186,6 +186,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     value = (config[group] if group else config)[key]
     if value not in choices:
       raise ValueError(f'{name} must be one of {choices}, got {value!r}')
+  if config.parallel.task_devices > 1 and config.model.sharing != 'shared':
+    raise ValueError(
+      "parallel.task_devices goes with model.sharing='shared' alone, got "
+      f'{config.parallel.task_devices} and {config.model.sharing!r}'
+    )
   for name in _per_device(config):
     # There every device holds everything and does every task.
     for key, only in (('parameters', 'replicated'), ('task_devices', 1)):

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from mtl_jax.train import distributed
+
 _logger = logging.getLogger(__name__)
 
 # Bits of the mantissa, to which a model's passes round the parameters.
@@ -82,7 +84,7 @@ def warn_if_too_small(config: ml_collections.ConfigDict, shared: Any) -> None:
     return
   bits = mantissa_bits(config)
   moved = rounding(shared, bits, flat.adaptive)
-  if flat.rho < _SHARE * moved:
+  if flat.rho < _SHARE * moved and distributed.is_main():
     _logger.warning(
       'method.flat.rho is %g, below %g: rounding to %d bits (compute_dtype %s, '
       'precision %s) makes much of the flat gradients. Use a larger radius, or '

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from mtl_jax import slices as slicing
 from mtl_jax import types
 from mtl_jax.train import distributed
+from mtl_jax.transforms import _aggregator
 
 
 class Replicas(NamedTuple):
@@ -29,10 +30,16 @@ class Replicas(NamedTuple):
   axis_name: str | None = None
 
   def mean(self, tree: Any) -> Any:
-    """The mean over replicas, such as of losses and gradients."""
+    """The mean over replicas, such as of losses, in the leaves' dtypes."""
     if self.axis_name is None:
       return tree
-    return jax.lax.pmean(tree, self.axis_name)
+    return jax.tree.map(
+      lambda x: jax.lax.pmean(x, self.axis_name).astype(x.dtype), tree
+    )
+
+  def mean_gradients(self, grads: Any) -> Any:
+    """The same of gradients; raises where they are summed already."""
+    return _aggregator.Axes(self.axis_name).average(grads)
 
   def sum(self, tree: Any) -> Any:
     """The sum over replicas, such as of counts and metrics."""

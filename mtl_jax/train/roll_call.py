@@ -47,12 +47,18 @@ def _call(address, port, num_processes, timeout_s, deadline):
   there: dict[int, socket.socket] = {}
   error: Exception | None = None
   dual = socket.has_dualstack_ipv6()
-  with socket.create_server(
-    ('', port),
-    family=socket.AF_INET6 if dual else socket.AF_INET,
-    dualstack_ipv6=dual,
-    backlog=num_processes,
-  ) as server:
+  try:
+    server = socket.create_server(
+      ('', port),
+      family=socket.AF_INET6 if dual else socket.AF_INET,
+      dualstack_ipv6=dual,
+      backlog=num_processes,
+    )
+  except OSError as failure:
+    raise ConnectionError(
+      f'process 0 cannot listen at {address}: {failure}'
+    ) from failure
+  with server:
     while error is None and len(there) < num_processes - 1:
       left = deadline - time.monotonic()
       if left <= 0:
@@ -107,7 +113,7 @@ def _tell(other, error):
 def _answer(place, num_processes, process_id, timeout_s, deadline):
   """Any other process: reports, and waits for what process 0 says."""
   name = f'process 0 at {place[0]}:{place[1]}'
-  said = ''
+  said = None
   while not said:
     left = deadline - time.monotonic()
     if left <= 0:
@@ -118,11 +124,11 @@ def _answer(place, num_processes, process_id, timeout_s, deadline):
         zero.sendall((json.dumps(line) + '\n').encode())
         # So that it can say that others are missing, if it is as patient.
         zero.settimeout(left + _ANSWER_S)
-        said = zero.makefile().readline()
-    except OSError:
-      said = ''  # It may not have started yet.
+        said = json.loads(zero.makefile().readline())
+    except (OSError, ValueError):
+      said = None  # It may not have started yet; another program may answer.
     if not said:
       time.sleep(0.1)
-  kind, message = json.loads(said)
+  kind, message = said
   if kind is not None:
     raise {'TimeoutError': TimeoutError}.get(kind, ValueError)(message)

@@ -158,7 +158,8 @@ def make_train_step(
     A pure function `(state, batch) -> (state, metrics)`, to be jitted with the
     state donated. Every quantity in it is that of the whole batch, so that
     under `jit` any sharding gives the same numbers, and so do replicas but for
-    a perturbation, BatchNorm and dropout of their own. `metrics` are scalars:
+    a perturbation, BatchNorm and dropout of their own, and slices of another
+    choice of rows. `metrics` are scalars:
     `'loss'`, the mean over the tasks that have labels in this batch; per task
     `'<task>/loss'` and its metrics at the unperturbed parameters,
     `'<task>/present'`, 1 if it has labels in this batch and 0 if not, or if the
@@ -181,6 +182,11 @@ def make_train_step(
     )
   replicas = replication.Replicas(axis_name)
   if layout is not None:
+    if weighting is not None and layout.task_devices > 1:
+      raise ValueError(
+        'parallel.task_devices shares out task gradients, which a loss '
+        f'weighting has none of; it must be 1, got {layout.task_devices}'
+      )
     engine = layout.engine(engine)
 
   def step(state: TrainState, batch: types.Batch):
@@ -250,7 +256,7 @@ def make_train_step(
       )
       aux = step_gradients.of_slices(aux, micro_batches)
       updates, opt_state = tx.update(
-        replicas.mean(grads), state.opt_state, state.params
+        replicas.mean_gradients(grads), state.opt_state, state.params
       )
       weights = {
         f'{task}/weight': task_weights[i] for i, task in enumerate(names)

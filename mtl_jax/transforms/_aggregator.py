@@ -178,7 +178,16 @@ def as_aggregator(tx: optax.GradientTransformation) -> Aggregator:
   parameters = inspect.signature(tx.update).parameters
   swallows = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
-  def aggregate(task_grads, state, params=None, **extra_args):
+  def aggregate(task_grads, state, params=None, *, active=None, **extra_args):
+    if active is not None:
+      # It need not know what `active` means.
+      task_grads = jax.tree.map(
+        lambda leaf: jnp.where(
+          jnp.reshape(active, (-1,) + (1,) * (leaf.ndim - 1)), leaf, 0
+        ),
+        task_grads,
+      )
+      extra_args['active'] = active
     taken = {
       name: value
       for name, value in extra_args.items()

@@ -341,6 +341,36 @@ def test_a_bilevel_weighting_is_refused_on_replicas():
     )
 
 
+def test_gradients_that_are_summed_already_are_refused():
+  # As shard_map(check_vma=True) sums those of replicated parameters.
+  tx = optax.sgd(0.1)
+  step = steps.make_train_step(
+    _problem(),
+    _model(),
+    tx,
+    weighting=mtl_jax.equal_weights(),
+    axis_name=distributed.DATA_AXIS,
+  )
+  state = steps.init_state(
+    _problem(),
+    _model(),
+    tx,
+    seed=0,
+    batch=_batch(),
+    weighting=mtl_jax.equal_weights(),
+  )
+  spec = jax.sharding.PartitionSpec
+  checked = jax.shard_map(
+    step,
+    mesh=distributed.make_mesh(),
+    in_specs=(spec(), spec(distributed.DATA_AXIS)),
+    out_specs=spec(),
+    check_vma=True,
+  )
+  with pytest.raises(ValueError, match='summed over devices already'):
+    jax.eval_shape(checked, state, _batch())
+
+
 @pytest.mark.parametrize('name', registry._TRUNKS)
 def test_trunks_with_batch_norm_take_the_axis_of_their_statistics(name):
   trunk = models.by_name(name)
@@ -418,6 +448,14 @@ def test_configs_choose_what_is_global_and_what_is_of_each_device():
     (
       {'batch_norm': 'per_device', 'task_devices': 2},
       r"parallel\.batch_norm='per_device'.*parallel\.task_devices.*2",
+    ),
+    (
+      {'task_devices': 2, 'method': 'equal'},
+      r'parallel\.task_devices.*a loss weighting.*got 2',
+    ),
+    (
+      {'task_devices': 2, 'method': 'stl'},
+      r"parallel\.task_devices.*model\.sharing.*2 and 'separate'",
     ),
     (
       {'perturbation': 'per_device', 'method': 'mgda'},

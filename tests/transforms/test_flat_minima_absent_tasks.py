@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import methods
 import numpy as np
+import optax
 import pytest
 import quadratics
 
@@ -130,3 +131,28 @@ def test_active_is_read_as_truth_values_whatever_its_dtype():
   by_bool, _, _ = run(tx, np.nan)
   by_count, _, _ = run(tx, np.nan, active=jnp.array([5.0, 0.0, 2.0]))
   jax.tree.map(np.testing.assert_array_equal, by_count, by_bool)
+
+
+def test_what_absent_tasks_hold_does_not_reach_an_aggregator_of_optax():
+  mean = optax.GradientTransformation(
+    lambda params: optax.EmptyState(),
+    lambda rows, state, params=None: (
+      jax.tree.map(lambda x: x.sum(0), rows),
+      state,
+    ),
+  )
+  rows = jnp.array([[1.0, 2.0], [jnp.nan, jnp.inf]])
+  active = jnp.array([True, False])
+  for tx in (
+    mtl_jax.flat_minima(mean, ('a', 'b'), rho=0.0),
+    mtl_jax.shared_only(mean, ('a', 'b')),
+  ):
+    params = jnp.zeros(2)
+    updates, _ = tx.update(
+      rows,
+      tx.init(params),
+      params,
+      grad_fn=lambda task_params: rows,
+      active=active,
+    )
+    np.testing.assert_allclose(updates, [1, 2])

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import mtl_jax
+from mtl_jax.transforms import _inner
 
 
 def _gram(rows):
@@ -41,3 +43,44 @@ def test_long_rows_can_be_differentiated():
   gradient = jax.jit(jax.grad(half_square))(rows)
   np.testing.assert_allclose(gradient[0], rows.sum(0), rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(gradient[1], rows.sum(0), rtol=1e-5, atol=1e-6)
+
+
+def _grad_fn(task_params):
+  return {'shared': jnp.sin(3 * task_params['shared'])}
+
+
+@pytest.mark.parametrize('name', ['cagrad', 'graddrop'])
+@pytest.mark.parametrize('combine', ['separate', 'each', 'direct'])
+def test_accelerators_and_cpus_have_one_update(name, combine, monkeypatch):
+  # More rows than are added up in one pass; what an absent one holds is no
+  # matter.
+  names = tuple(f'task_{i}' for i in range(11))
+  aggregator = {
+    'cagrad': mtl_jax.cagrad(),
+    'graddrop': mtl_jax.graddrop(seed=0),
+  }[name]
+  tx = mtl_jax.flat_minima(aggregator, names, 0.1, combine=combine)
+  params = {'shared': jnp.linspace(-1, 1, 21).reshape(3, 7)}
+  rows = jax.random.normal(jax.random.key(0), (11, 3, 7)).at[4].set(jnp.nan)
+  active = jnp.arange(11) != 4
+
+  def update():
+    # Traced anew each time: the platform is asked for while tracing.
+    return jax.jit(
+      lambda rows: tx.update(
+        {'shared': rows},
+        tx.init(params),
+        params,
+        grad_fn=_grad_fn,
+        active=active,
+      )
+    )(rows)
+
+  on_cpu = update()
+  monkeypatch.setattr(_inner, 'on_cpu', lambda: False)
+  elsewhere = update()
+  assert np.isfinite(on_cpu[0]['shared']).all()
+  leaves = zip(*map(jax.tree.leaves, (on_cpu, elsewhere)), strict=True)
+  for ours, theirs in leaves:
+    if jnp.issubdtype(ours.dtype, jnp.floating):
+      np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
