@@ -50,7 +50,7 @@ def cross(
   total = jnp.zeros(shape, jnp.float32)
   for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
     if on_cpu():
-      rows = [x.reshape(x.shape[0], -1) for x in (a, b)]
+      rows = [jnp.reshape(x, (x.shape[0], -1)) for x in (a, b)]
       total = total + _product_by_pieces(*rows)
     else:
       total = total + _product(a, b)
@@ -125,6 +125,7 @@ def _sum_of_rows(
 ) -> jax.Array:
   """The weighted sum of rows, so many of them in one pass over memory."""
   size = weights.shape[0]
+  weights = jnp.asarray(weights)
 
   def weighed(k):
     one = leaf[k] if active is None else jnp.where(active[k], leaf[k], 0)
@@ -159,6 +160,8 @@ def weighted_sum(
   """
 
   def combine(leaf):
+    # Loops index it, which NumPy's arrays do not know.
+    leaf = jnp.asarray(leaf)
     dtype = wide(leaf.dtype)
     if on_cpu():
       total = _sum_of_rows(weights, leaf, active, dtype)

@@ -210,7 +210,10 @@ def flat_part(
   Returns:
     Leaves of the flat gradients; of heads those of `loss_grads`.
   """
-  loss, sam = _shared(partition, loss_grads), _shared(partition, sam_grads)
+  loss, sam = (
+    list(map(jnp.asarray, _shared(partition, grads)))
+    for grads in (loss_grads, sam_grads)
+  )
   size = len(partition.task_names)
   difference = jax.tree.map(jnp.subtract, sam, loss)
   resolution = max((float(jnp.finfo(g.dtype).eps) for g in loss), default=0.0)
