@@ -6,7 +6,7 @@ of a convolution with a stride, and wide kernels over few channels. On CPU those
 are written here in other operations; on GPU and TPU the native one is used.
 
 It also brings convolutions into the one layout that its fast path knows, but
-not inside loops, where those that differentiation makes took 18 times as long.
+not inside loops, where those that differentiation makes take many times longer.
 On CPU the derivative of a convolution is therefore given here, in that layout.
 It is one of reverse mode (`jax.custom_vjp`): `jax.jvp` of a gradient works
 there, `jax.jvp` of the convolution itself does not.

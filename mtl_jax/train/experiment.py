@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mtl_jax import gradients
 from mtl_jax import models
 from mtl_jax import problems
 from mtl_jax import types
 from mtl_jax.data import pipeline
 from mtl_jax.train import calls
+from mtl_jax.train import checks
 from mtl_jax.train import distributed
 from mtl_jax.train import optimizer
 from mtl_jax.train import placement
@@ -28,31 +28,6 @@ from mtl_jax.train import step as steps
 from mtl_jax.train import window as windows
 
 _logger = logging.getLogger(__name__)
-
-_POSITIVE = (
-  'epochs',
-  'micro_batches',
-  'steps_per_call',
-  'eval_every_epochs',
-  'log_every_steps',
-  'checkpoint_every_steps',
-  'keep_checkpoints',
-)
-_CHOICES = {
-  'data.kind': ('real', 'synthetic'),
-  'data.split': ('holdout', 'paper'),
-  'data.placement': ('host', 'device'),
-  'engine': gradients.ENGINES,
-  'compute_dtype': ('float32', 'bfloat16'),
-  'perturbation': ('global', 'per_device'),
-  'parallel.batch_norm': ('global', 'per_device'),
-  'parallel.parameters': sharding.PARAMETERS,
-  # Those that JAX has for all devices.
-  'precision': (
-    *('default', 'high', 'highest'),
-    *('bfloat16', 'tensorfloat32', 'float32'),
-  ),
-}
 
 
 class LoopState(NamedTuple):
@@ -169,48 +144,6 @@ class Experiment:
     return steps.finish_eval(self.problem, jax.device_get(sums))
 
 
-def check_config(config: ml_collections.ConfigDict) -> None:
-  """Checks what can be told from a config alone.
-
-  Args:
-    config: of `configs/`.
-
-  Raises:
-    ValueError: if a value is out of range; names its key.
-  """
-  for name in _POSITIVE:
-    if config[name] < 1:
-      raise ValueError(f'{name} must be positive, got {config[name]}')
-  for name, choices in _CHOICES.items():
-    group, _, key = name.rpartition('.')
-    value = (config[group] if group else config)[key]
-    if value not in choices:
-      raise ValueError(f'{name} must be one of {choices}, got {value!r}')
-  if config.parallel.task_devices > 1 and config.model.sharing != 'shared':
-    raise ValueError(
-      "parallel.task_devices goes with model.sharing='shared' alone, got "
-      f'{config.parallel.task_devices} and {config.model.sharing!r}'
-    )
-  for name in _per_device(config):
-    # There every device holds everything and does every task.
-    for key, only in (('parameters', 'replicated'), ('task_devices', 1)):
-      value = config.parallel[key]
-      if value != only:
-        raise ValueError(
-          f"{name}='per_device' goes with parallel.{key}={only!r} alone, got "
-          f'{value!r}'
-        )
-
-
-def _per_device(config):
-  """The keys by which a step has to run on every device by itself."""
-  values = {
-    'perturbation': config.perturbation,
-    'parallel.batch_norm': config.parallel.batch_norm,
-  }
-  return [name for name, value in values.items() if value == 'per_device']
-
-
 def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   """Puts together what a config stands for; compiles nothing yet.
 
@@ -225,14 +158,14 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   Raises:
     ValueError: if a value of the config is out of range; names it.
   """
-  check_config(config)
+  checks.check_config(config)
   problem = problems.by_name(config.problem)
   mesh = distributed.make_mesh(task_devices=config.parallel.task_devices)
   layout = sharding.Layout(
     mesh, problem.task_names, parameters=config.parallel.parameters
   )
   distributed.check_batch_size(config.batch_size, mesh, config.micro_batches)
-  axis_name = distributed.DATA_AXIS if _per_device(config) else None
+  axis_name = distributed.DATA_AXIS if checks.per_device(config) else None
   trunk = models.by_name(config.model.name, **config.model.kwargs)
   # Those with BatchNorm have the attribute.
   if config.parallel.batch_norm == 'global' and hasattr(

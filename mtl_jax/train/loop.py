@@ -15,6 +15,7 @@ import jax
 import ml_collections
 
 from mtl_jax.train import checkpoint
+from mtl_jax.train import checks
 from mtl_jax.train import distributed
 from mtl_jax.train import experiment as experiments
 from mtl_jax.train import progress
@@ -60,7 +61,7 @@ def train(
       'bucket can be mounted, with gcsfuse for example'
     )
   # First of all: JAX would not say which key a wrong precision is of.
-  experiments.check_config(config)
+  checks.check_config(config)
   with jax.default_matmul_precision(config.precision):
     return _train(config, pathlib.Path(workdir), overwrite_config)
 

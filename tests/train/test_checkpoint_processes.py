@@ -1,14 +1,9 @@
 """Checkpoints go from one process to two and back, cut over all of them."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 
 from mtl_jax.train import checkpoint
 from mtl_jax.train import distributed
@@ -20,7 +15,7 @@ _PROCESS = """
 import sys
 import jax
 from mtl_jax.train import checkpoint, distributed
-sys.path.insert(0, 'tests/train')
+sys.path[:0] = ['tests', 'tests/train']
 import test_checkpoint_processes as test
 
 workdir, address, process = sys.argv[1:]
@@ -59,29 +54,10 @@ def test_two_processes_read_what_one_wrote_and_one_reads_what_two_wrote(
   checkpoints = checkpoint.Checkpoints(tmp_path)
   checkpoints.save(1, place(numbers(3)), {'wall_time_s': 1.5})
   checkpoints.close()
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{free.getsockname()[1]}'
-  processes = [
-    subprocess.Popen(
-      [sys.executable, '-c', _PROCESS, str(tmp_path), address, str(i)],
-      cwd=pathlib.Path(__file__).parents[2],
-      env={
-        **os.environ,
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
-      },
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  for process, error in zip(processes, errors, strict=True):
-    assert process.returncode == 0, error
+  for status, error in processes.run_two(
+    lambda address, i: ('-c', _PROCESS, str(tmp_path), address, str(i))
+  ):
+    assert status == 0, error
 
   checkpoints = checkpoint.Checkpoints(tmp_path)
   state, info = checkpoints.restore(place(numbers(0)))

@@ -1,12 +1,8 @@
 """Several processes train as one does."""
 
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
+import processes
 import pytest
 
 from mtl_jax import main
@@ -57,34 +53,16 @@ def test_processes_train_as_one_stop_together_and_one_goes_on(tmp_path):
       '--config.parallel.parameters=sharded',
     ),
   ]
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  processes = [
-    subprocess.Popen(
-      [
-        *(sys.executable, '-c', _PROCESS, f'--config={config}', *overrides),
-        *(f'--workdir={tmp_path / "two"}', '--num_processes=2'),
-        *(f'--coordinator_address=127.0.0.1:{port}', f'--process_id={i}'),
-      ],
-      cwd=pathlib.Path(__file__).parents[2],
-      env={
-        **os.environ,
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
-      },
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,
-      text=True,
+  ends = processes.run_two(
+    lambda address, i: (
+      *('-c', _PROCESS, f'--config={config}', *overrides),
+      *(f'--workdir={tmp_path / "two"}', '--num_processes=2'),
+      *(f'--coordinator_address={address}', f'--process_id={i}'),
     )
-    for i in range(2)
-  ]
-  try:
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  for process, error in zip(processes, errors, strict=True):
-    assert process.returncode == main.EXIT_INTERRUPTED, error
+  )
+  for status, error in ends:
+    assert status == main.EXIT_INTERRUPTED, error
+  errors = [error for _, error in ends]
   assert 'another process stopped the run after step 20 of 64' in errors[0]
   assert 'SIGTERM stopped the run after step 20 of 64' in errors[1]
   record = json.loads((tmp_path / 'two' / 'run.json').read_text())

@@ -1,14 +1,10 @@
 """Training data on the devices give the batches of the host's."""
 
 import itertools
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
+import processes
 import pytest
 
 from mtl_jax.data import pipeline
@@ -105,7 +101,8 @@ _PROCESS = """
 import sys
 from mtl_jax.train import distributed
 distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from tests.train import test_placement
+sys.path[:0] = ['tests', 'tests/train']
+import test_placement
 mesh = distributed.make_mesh()
 assert mesh.size == 4
 test_placement.assert_same_batches(mesh, 3)
@@ -113,29 +110,10 @@ test_placement.assert_same_batches(mesh, 3)
 
 
 def test_rows_taken_in_two_processes_are_the_batches_of_the_host():
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  processes = [
-    subprocess.Popen(
-      [sys.executable, '-c', _PROCESS, f'127.0.0.1:{port}', str(i)],
-      cwd=pathlib.Path(__file__).parents[2],
-      env={
-        **os.environ,
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
-      },
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  for process, error in zip(processes, errors, strict=True):
-    assert process.returncode == 0, error
+  for status, error in processes.run_two(
+    lambda address, i: ('-c', _PROCESS, address, str(i))
+  ):
+    assert status == 0, error
 
 
 class _Device:

@@ -1,17 +1,13 @@
 """Eight devices with a part of the batch each give the update of one device."""
 
 import functools
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import methods
 import numpy as np
+import processes
 import pytest
 import quadratics
 import quick_compile
@@ -286,32 +282,13 @@ np.savez(out, *map(np.asarray, jax.tree.leaves(found)))
 
 
 def test_two_processes_of_two_devices_give_the_updates_of_one_device(tmp_path):
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{free.getsockname()[1]}'
-  processes = [
-    subprocess.Popen(
-      [
-        *(sys.executable, '-c', _PROCESS),
-        *(address, str(i), str(tmp_path / f'{i}.npz')),
-      ],
-      cwd=pathlib.Path(__file__).parents[2],
-      env={
-        **os.environ,
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
-      },
-      stderr=subprocess.PIPE,
-      text=True,
+  for status, error in processes.run_two(
+    lambda address, i: (
+      *('-c', _PROCESS),
+      *(address, str(i), str(tmp_path / f'{i}.npz')),
     )
-    for i in range(2)
-  ]
-  try:
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  for process, error in zip(processes, errors, strict=True):
-    assert process.returncode == 0, error
+  ):
+    assert status == 0, error
   expected = {
     f'{name} {kind}': results('one device')[f'{name} {kind}']
     for name, kind in CASES
