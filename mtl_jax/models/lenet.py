@@ -43,6 +43,7 @@ class LeNet(nn.Module):
         bias_fan_in=size * size * x.shape[-1],
         name=f'conv_{index + 1}',
       )(x)
-      x = layers.max_pool(nn.relu(x), 2, 2)
+      # In this order the smaller image is rectified: the same function.
+      x = nn.relu(layers.max_pool(x, 2, 2))
     x = x.reshape(x.shape[0], -1)
     return nn.relu(layers.dense(self.features, x.shape[-1], 'dense')(x))
