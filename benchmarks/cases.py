@@ -77,7 +77,8 @@ class Spec(NamedTuple):
     method: `'plain'`, the mean loss by one backward pass; an aggregator of
       `AGGREGATORS`; one with `'flat '` before it; or `'sam'`, which for one
       task is `'flat linear'` with one norm over all parameters.
-    engine: of ours; see `mtl_jax.task_grad`.
+    engine: of ours; see `mtl_jax.task_grad`, or `'ghost'` for
+      `mtl_jax.ghost_update`.
     dtype: in which ours computes; parameters are float32 always.
   """
 
@@ -210,15 +211,10 @@ def optimizer_of(
 
 def ours(case: Case, spec: Spec) -> Variant:
   """Our train step, compiled, with its state donated as in training."""
-  problem, model = problem_of(case), model_of(case, spec.dtype)
-  tx, weighting = optimizer_of(spec.method, problem.task_names)
-  step = step_lib.make_train_step(
-    problem, model, tx, engine=spec.engine, weighting=weighting
-  )
+  problem = problem_of(case)
   batch = jax.tree.map(jnp.asarray, batch_of(case))
-  state = step_lib.init_state(
-    problem, model, tx, seed=0, batch=batch, weighting=weighting
-  )
+  make = _ghost_step if spec.engine == 'ghost' else _train_step
+  step, state = make(case, spec, problem, batch)
   compiled, facts = compile_step(step, state, batch)
   held = {'state': state, 'metrics': {}}
 
@@ -238,6 +234,50 @@ def ours(case: Case, spec: Spec) -> Variant:
     )
 
   return Variant(spec, first, run, facts)
+
+
+def _train_step(case, spec, problem, batch):
+  model = model_of(case, spec.dtype)
+  tx, weighting = optimizer_of(spec.method, problem.task_names)
+  step = step_lib.make_train_step(
+    problem, model, tx, engine=spec.engine, weighting=weighting
+  )
+  state = step_lib.init_state(
+    problem, model, tx, seed=0, batch=batch, weighting=weighting
+  )
+  return step, state
+
+
+def _ghost_step(case, spec, problem, batch):
+  """The same update by `ghost_update`, for models without state."""
+  model, names = model_of(case, spec.dtype), problem.task_names
+
+  def loss_fn(params, dense, batch):
+    with models.intercept_dense(dense, params['shared']):
+      predictions, _ = model.apply(params, {}, batch, train=True)
+    return step_lib.task_losses(problem, predictions, batch)
+
+  gradients = mtl_jax.ghost_update(
+    loss_fn,
+    AGGREGATORS[spec.method.removeprefix('flat ')](num_tasks=case.tasks),
+    names,
+    rho=RHO if is_flat(spec.method) else None,
+  )
+  adam = optax.adam(LEARNING_RATE)
+
+  def step(state, batch):
+    inner, opt_state = state.opt_state
+    (losses, _), grads, inner = gradients.update(state.params, inner, batch)
+    updates, opt_state = adam.update(grads, opt_state, state.params)
+    state = state._replace(
+      params=optax.apply_updates(state.params, updates),
+      opt_state=(inner, opt_state),
+    )
+    return state, {f'{t}/loss': losses[i] for i, t in enumerate(names)}
+
+  state = step_lib.init_state(problem, model, adam, seed=0, batch=batch)
+  inner = gradients.init(state.params)
+  return step, state._replace(opt_state=(inner, state.opt_state))
 
 
 def compile_step(step, state, batch) -> tuple[Callable[..., Any], dict]:

@@ -53,6 +53,8 @@ def against_tasks(section: dict[str, Any]) -> Figure:
       )
       for library in libraries:
         _line(ax, _of(rows, library, FLAT), 'tasks', 'ratio_to_plain', library)
+      ghost = _of(rows, 'ours', FLAT, 'ghost')
+      _line(ax, ghost, 'tasks', 'ratio_to_plain', 'ours', '-.')
       _log(ax, tasks)
       ax.set_title(_title(rows))
       ax.set_xlabel('number of tasks T')
@@ -64,6 +66,19 @@ def against_tasks(section: dict[str, Any]) -> Figure:
       ),
       Line2D([], [], color=_YARDSTICK, ls=':', label='(5T + 1) / 3'),
     ]
+    if _of(section['rows'], 'ours', FLAT, 'ghost'):
+      handles.insert(
+        1,
+        Line2D(
+          [],
+          [],
+          color=_COLOURS['ours'],
+          ls='-.',
+          marker='o',
+          ms=4,
+          label='mtl_jax, ghost_update',
+        ),
+      )
     panels.legend_below(figure, handles)
     panels.title(figure, f'Cost against tasks, F-CAGrad ({_where(section)})')
   return figure
@@ -125,18 +140,26 @@ def _libraries(rows):
   return [library for library in _COLOURS if library in there]
 
 
-def _of(rows, library, method):
-  return [
-    row for row in rows if (row['library'], row['method']) == (library, method)
-  ]
+def _of(rows, library, method, engine='auto'):
+  wanted = library, method, engine
+  keys = 'library', 'method', 'engine'
+  return [row for row in rows if tuple(row[key] for key in keys) == wanted]
 
 
-def _line(ax: Axes, rows: Sequence[dict], x: str, y: str, library: str) -> None:
+def _line(
+  ax: Axes,
+  rows: Sequence[dict],
+  x: str,
+  y: str,
+  library: str,
+  style: str | None = None,
+) -> None:
   rows = sorted((row for row in rows if y in row), key=lambda row: row[x])
+  plain = bool(rows) and rows[0]['method'] == 'plain'
   ax.plot(
     [row[x] for row in rows],
     [row[y] for row in rows],
-    '-' if not rows or rows[0]['method'] != 'plain' else '--',
+    style or ('--' if plain else '-'),
     color=_COLOURS[library],
     marker='o',
     ms=4,

@@ -41,6 +41,8 @@ def all_sections() -> dict[str, list[Group]]:
     Spec('ours', 'flat cagrad', 'unroll'),
     *torch('plain', 'flat linear', 'flat cagrad'),
   )
+  # Layers that it has something to save in are the MLP's.
+  ghost = Spec('ours', 'flat cagrad', 'ghost')
   peers = ('upgrad', 'mgda', 'pcgrad')
   torchjd = (*ours(*peers), *(Spec('torchjd', m) for m in peers))
   sam = (*ours('plain', 'sam'), Spec('optax', 'sam'))
@@ -48,7 +50,7 @@ def all_sections() -> dict[str, list[Group]]:
     'goals': [
       Group(lenet(2, 256), goals),
       Group(Case('resnet18', 2, 64), goals),
-      Group(mlp(10, 256), goals),
+      Group(mlp(10, 256), (*goals, ghost)),
     ],
     'peers': [
       Group(lenet(2, 256), torchjd),
@@ -57,8 +59,11 @@ def all_sections() -> dict[str, list[Group]]:
       Group(mlp(1, 256), sam),
     ],
     'tasks': [
-      Group(make(tasks, batch), pair)
-      for make, batch in ((mlp, 128), (lenet, 64))
+      Group(make(tasks, batch), specs)
+      for make, batch, specs in (
+        (mlp, 128, (*pair, ghost)),
+        (lenet, 64, pair),
+      )
       for tasks in _TASKS
     ],
     'parameters': [
@@ -73,8 +78,8 @@ def all_sections() -> dict[str, list[Group]]:
       ),
     ],
     'batch': [
-      Group(make(2, batch), pair)
-      for make in (mlp, lenet)
+      Group(make(2, batch), specs)
+      for make, specs in ((mlp, (*pair, ghost)), (lenet, pair))
       for batch in (16, 64, 256, 1024)
     ],
     'engines': [

@@ -6,8 +6,10 @@ What is timed of a method is its whole update of gradients with 64 coordinates,
 which is its map from the Gram matrix to weights at its default iterations and
 hardly more, for T = 2, 10 and 40 tasks; methods take turns. Beside it stands a
 plain step (`linear`, T pull-backs, Adam) of ResNet-18 on 36x36 images with as
-many tasks. A T without a step of its own (`--step_tasks`) is compared with the
-largest one measured, which gives an upper bound. Nothing here is a test.
+many tasks, and beside that the whole update of CAGrad on a stack of ResNet-18's
+gradients: Gram matrix, solver and weighted sum. A T without a step of its own
+(`--step_tasks`) is compared with the largest one measured, which gives an upper
+bound. Nothing here is a test.
 """
 
 import argparse
@@ -112,6 +114,26 @@ def compiled_step(size, batch_size):
   return compiled, (state, batch)
 
 
+def compiled_aggregation(size):
+  """CAGrad's update of gradients of all of ResNet-18, with its arguments."""
+  image = jnp.zeros((1, *problems.by_name('multi_mnist').image_shape))
+  shapes = jax.eval_shape(
+    models.by_name('resnet18').init, jax.random.key(0), image
+  )['params']
+  leaves, structure = jax.tree.flatten(shapes)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  stack = jax.tree.unflatten(
+    structure,
+    [
+      jax.random.normal(key, (size, *leaf.shape))
+      for key, leaf in zip(keys, leaves, strict=True)
+    ],
+  )
+  tx = METHODS['cagrad'](num_tasks=size)
+  args = stack, tx.init(shapes)
+  return jax.jit(tx.update).lower(*args).compile(), args
+
+
 def run_of(compiled, args):
   """`run(n)` for `timing.take_turns`, always from the same arguments."""
 
@@ -148,11 +170,22 @@ def measure_solvers(size, repeats):
 
 
 def measure_step(size, batch_size, repeats):
-  step = run_of(*compiled_step(size, batch_size))
+  """Quartiles of a step, and of the aggregation alone, taking turns."""
   times = timing.take_turns(
-    {'step': step}, warm_up=1, least=repeats, most=repeats
+    {
+      'step': run_of(*compiled_step(size, batch_size)),
+      'aggregation': run_of(*compiled_aggregation(size)),
+    },
+    warm_up=1,
+    least=repeats,
+    most=repeats,
   )
-  return quartiles(times['step'])
+  ratios = np.asarray(times['aggregation']) / np.asarray(times['step'])
+  return {
+    'step_ms_quartiles': quartiles(times['step']),
+    'aggregation_ms_quartiles': quartiles(times['aggregation']),
+    'aggregation_percent': timing.significant(100 * np.median(ratios), 3),
+  }
 
 
 def markdown(result):
@@ -172,6 +205,11 @@ def markdown(result):
         f'{mark}{row["share_percent"]:.2g}',
       ]
     lines.append(f'| `{name}` | ' + ' | '.join(cells) + ' |')
+  lines += [
+    f'T = {size}: aggregation by CAGrad {row["aggregation_ms_quartiles"][1]} '
+    f'ms, {row["aggregation_percent"]} % of a step'
+    for size, row in result['steps'].items()
+  ]
   return '\n'.join(lines)
 
 
@@ -181,7 +219,7 @@ def main():
   parser.add_argument('--batch', type=int, default=256)
   parser.add_argument('--repeats', type=int, default=30)
   parser.add_argument('--step_repeats', type=int, default=3)
-  parser.add_argument('--step_tasks', default='2,10')
+  parser.add_argument('--step_tasks', default='2,10,40')
   args = parser.parse_args()
 
   result = {
@@ -195,11 +233,13 @@ def main():
     str(size): measure_solvers(size, args.repeats) for size in SIZES
   }
   with jax.default_matmul_precision('highest'):
-    result['step_ms_quartiles'] = {
+    result['steps'] = {
       str(size): measure_step(size, args.batch, args.step_repeats)
       for size in map(int, args.step_tasks.split(','))
     }
-  steps = {int(k): v[1] for k, v in result['step_ms_quartiles'].items()}
+  steps = {
+    int(k): v['step_ms_quartiles'][1] for k, v in result['steps'].items()
+  }
   for size in SIZES:
     # A step of more tasks than measured takes longer than the longest one.
     beside = size if size in steps else max(steps)

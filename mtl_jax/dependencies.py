@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Var
 import jax.numpy as jnp
 
 
@@ -52,3 +53,24 @@ def _depends(fn: Callable[[Any], Any], x: Any) -> bool:
   look.defjvp(rule, symbolic_zeros=True)
   jax.eval_shape(lambda x: jax.vjp(lambda x: look(fn(x)), x)[0], x)
   return any(found)
+
+
+def needed(fn: Callable[..., Any], *args: Any) -> Any:
+  """Which leaves of the result are computed from the arguments at all.
+
+  Args:
+    fn: a function of arrays.
+    *args: its arguments; shapes and dtypes will do.
+
+  Returns:
+    A tree of bools, laid out like the result. A loop or call counts as one
+    operation, all of whose results need all that it is given.
+  """
+  closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+  reached = set(closed.jaxpr.invars)
+  is_reached = lambda x: isinstance(x, Var) and x in reached
+  for equation in closed.jaxpr.eqns:
+    if any(map(is_reached, equation.invars)):
+      reached.update(equation.outvars)
+  flags = map(is_reached, closed.jaxpr.outvars)
+  return jax.tree.unflatten(jax.tree.structure(shapes), list(flags))

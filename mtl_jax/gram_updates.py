@@ -20,6 +20,7 @@ from mtl_jax.transforms import _aggregator
 from mtl_jax.transforms import _arguments
 from mtl_jax.transforms import _labels
 from mtl_jax.transforms import _perturbation
+from mtl_jax.transforms import _shared_only
 from mtl_jax.transforms import _solvers
 
 
@@ -127,25 +128,16 @@ def gram_update(
   """
   names = _labels.check_task_names(task_names)
   size = len(names)
-  inner = _aggregator.as_aggregator(aggregator).for_tasks(size)
-  check_gram_based(inner, size)
-  flat = rho is not None
-  _arguments.one_of('norm', norm, ('separate', 'joint'))
-  if head_scale is None:
-    head_scale = 'none' if flat else inner.head_scale
-  _arguments.one_of('head_scale', head_scale, ('none', 'weights'))
-  _arguments.check_positive('eps', eps)
-  radius = radius_heads = _perturbation.schedule('rho', rho if flat else 0.0)
-  if rho_heads is not None:
-    radius_heads = _perturbation.schedule('rho_heads', rho_heads)
-
-  def init(params):
-    del params
-    return GramUpdateState(
-      loss=inner.init(jnp.zeros(size)),
-      flat=inner.init(jnp.zeros(size)) if flat else optax.EmptyState(),
-      count=jnp.zeros((), jnp.int32),
-    )
+  options = Options(
+    aggregator,
+    size,
+    rho=rho,
+    rho_heads=rho_heads,
+    norm=norm,
+    head_scale=head_scale,
+    eps=eps,
+  )
+  inner = options.inner
 
   def update(params, state, *args, active=None):
     present = _aggregator.full_active(active, size)
@@ -173,7 +165,7 @@ def gram_update(
       moved, moved_head = _perturbation.perturbed_task(
         (of_shared, of_head),
         (shared, head),
-        rho=(radius(state.count), radius_heads(state.count)),
+        rho=options.radii(state.count),
         adaptive=adaptive,
         norm=norm,
         eps=eps,
@@ -198,10 +190,10 @@ def gram_update(
     loss_state = weights_for(inner, gram, state.loss, known, present)
     w = unless_broken(loss_state.task_weights, gram, present)
     flat_state = state.flat
-    scale = w if head_scale == 'weights' else jnp.ones_like(w)
+    scale = w if options.head_scale == 'weights' else jnp.ones_like(w)
     scale = jnp.where(present, scale, 0)
     times = lambda x, factor: (factor * x).astype(x.dtype)
-    if not flat:
+    if not options.is_flat:
       # A weighted sum of the losses, with what the forward pass has left.
       used = [w[i].astype(loss.dtype) for i, loss in enumerate(losses)]
       transposed = jax.linear_transpose(pull, shared, heads)
@@ -214,18 +206,9 @@ def gram_update(
       }
     else:
       gram_of_flat = _by_pairs(flat_gradient, present)
-      resolution = max(
-        (float(jnp.finfo(x.dtype).eps) for x in shared), default=0.0
+      v, flat_state = weights_of_flat(
+        inner, gram_of_flat, gram, state.flat, known, present, shared
       )
-      squares = jnp.diagonal(gram_of_flat)
-      seen = squares > resolution**2 * jnp.diagonal(gram)
-      # A non-finite gradient is not rounding: it has to reach the update.
-      seen = seen | ~jnp.isfinite(squares)
-      both = seen[:, None] & seen[None, :]
-      gram_of_flat = jnp.where(both, gram_of_flat, 0)
-      flat_state = weights_for(inner, gram_of_flat, state.flat, known, present)
-      v = jnp.where(seen, flat_state.task_weights, 0)
-      v = unless_broken(v, gram_of_flat, present)
 
       def add(i, total, own):
         g, of_head = pull_back(i)
@@ -246,13 +229,73 @@ def gram_update(
       start = jax.tree.map(jnp.zeros_like, shared), dict(heads)
       of_shared, own = jax.lax.fori_loop(0, size, step, start)
     zeros = jax.tree.map(jnp.zeros_like, frozen)
-    state = GramUpdateState(
-      loss_state, flat_state, optax.safe_increment(state.count)
-    )
     grads = parts.join(of_shared, own, zeros)
-    return (stacked, aux), grads, state
+    return (stacked, aux), grads, options.next(loss_state, flat_state, state)
 
-  return GramUpdate(init, update)
+  return GramUpdate(options.init, update)
+
+
+class Options:
+  """The checked arguments that Gram-based updates have in common.
+
+  Args:
+    aggregator: see `gram_update`, as all that follow.
+    size: number of tasks.
+    rho: see `gram_update`.
+    rho_heads: see `gram_update`.
+    norm: see `gram_update`.
+    head_scale: see `gram_update`.
+    eps: see `gram_update`.
+
+  Attributes:
+    inner: the aggregator, for so many tasks.
+    is_flat: whether there is a perturbation.
+    head_scale: `'none'` or `'weights'`.
+  """
+
+  def __init__(
+    self,
+    aggregator: optax.GradientTransformation,
+    size: int,
+    *,
+    rho: Any,
+    rho_heads: Any,
+    norm: str,
+    head_scale: str | None,
+    eps: float,
+  ):
+    self.inner = _aggregator.as_aggregator(aggregator).for_tasks(size)
+    check_gram_based(self.inner, size)
+    self.is_flat = rho is not None
+    _arguments.one_of('norm', norm, ('separate', 'joint'))
+    if head_scale is None:
+      head_scale = 'none' if self.is_flat else self.inner.head_scale
+    _arguments.one_of('head_scale', head_scale, _shared_only.HEAD_SCALES)
+    self.head_scale = head_scale
+    _arguments.check_positive('eps', eps)
+    self._radius = _perturbation.schedule('rho', rho if self.is_flat else 0.0)
+    self._radius_heads = self._radius
+    if rho_heads is not None:
+      self._radius_heads = _perturbation.schedule('rho_heads', rho_heads)
+    self._size = size
+
+  def init(self, params: Any) -> GramUpdateState:
+    """The state before the first update."""
+    del params
+    start = lambda: self.inner.init(jnp.zeros(self._size))
+    return GramUpdateState(
+      loss=start(),
+      flat=start() if self.is_flat else optax.EmptyState(),
+      count=jnp.zeros((), jnp.int32),
+    )
+
+  def radii(self, count: jax.Array) -> tuple[Any, Any]:
+    """Radii of the shared part and of the heads at this update."""
+    return self._radius(count), self._radius_heads(count)
+
+  def next(self, loss: Any, flat: Any, state: GramUpdateState):
+    """The state after an update."""
+    return GramUpdateState(loss, flat, optax.safe_increment(state.count))
 
 
 def check_gram_based(inner: _aggregator.Aggregator, size: int) -> None:
@@ -310,6 +353,44 @@ def weights_for(inner, gram, state, losses, present):
   rows = jnp.where(usable, lengths, 0)[:, None] * units
   _, state = inner.aggregate(rows, state, losses=losses, active=present)
   return state
+
+
+def weights_of_flat(
+  inner: _aggregator.Aggregator,
+  gram_of_flat: jax.Array,
+  gram: jax.Array,
+  state: Any,
+  losses: jax.Array,
+  present: jax.Array,
+  shared: Any,
+) -> tuple[jax.Array, Any]:
+  """Weights [T] of the flat gradients, zero for those that are only rounding.
+
+  Args:
+    inner: the aggregator.
+    gram_of_flat: Gram matrix [T, T] of the flat gradients.
+    gram: that of the loss gradients.
+    state: the aggregator's state for the flat gradients.
+    losses: [T].
+    present: bool [T].
+    shared: leaves of the shared parameters, for their dtypes.
+
+  Returns:
+    The weights, and the next state.
+  """
+  resolution = max(
+    (float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(shared)),
+    default=0.0,
+  )
+  squares = jnp.diagonal(gram_of_flat)
+  seen = squares > resolution**2 * jnp.diagonal(gram)
+  # A non-finite gradient is not rounding: it has to reach the update.
+  seen = seen | ~jnp.isfinite(squares)
+  both = seen[:, None] & seen[None, :]
+  gram_of_flat = jnp.where(both, gram_of_flat, 0)
+  state = weights_for(inner, gram_of_flat, state, losses, present)
+  weights = jnp.where(seen, state.task_weights, 0)
+  return unless_broken(weights, gram_of_flat, present), state
 
 
 def unless_broken(weights, gram, present):

@@ -1,18 +1,7 @@
 """Convolution, pooling and dense layers that are fast on every backend.
 
-XLA's CPU backend has slow paths for exactly the shapes of small images: the
-gradient of `reduce_window`, convolutions on images of 2x2 or 3x3, the gradient
-of a convolution with a stride, and wide kernels over few channels. On CPU those
-are written here in other operations; on GPU and TPU the native one is used.
-
-Its convolutions also multiply by the zeros of the padding, which are most of
-what a 3x3 kernel meets on an image of 2x2.
-
-It also brings convolutions into the one layout that its fast path knows, but
-not inside loops, where those that differentiation makes take many times longer.
-On CPU the derivative of a convolution is therefore given here, in that layout.
-It is one of reverse mode (`jax.custom_vjp`): `jax.jvp` of a gradient works
-there, `jax.jvp` of the convolution itself does not.
+On CPU convolutions and pooling have the forms of `cpu_forms`, elsewhere the
+native ones.
 
 The choice is made by `jax.default_backend()` while tracing.
 `jax.lax.platform_dependent` would choose while lowering, but it is a
@@ -21,24 +10,18 @@ price is that a computation sent to the CPU of a machine with an accelerator
 gets the native operation: the same numbers, slower.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
-import functools
-import math
-from typing import NamedTuple
+import contextlib
+from typing import Any
 
 from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
-# Above these sizes the copies, sums or zeros of the matrix products cost more
-# than the native convolution.
-_MAX_NARROW = 16
-_MAX_BAND_WIDTH = 40
-_MAX_BAND_OUTPUTS = 160
-_MAX_OUTPUTS = 16
-_MAX_STRIDED_OUTPUTS = 400
+from mtl_jax.models import cpu_forms
 
 
 def dense(features: int, fan_in: int, name: str | None = None) -> nn.Dense:
@@ -144,7 +127,7 @@ def conv_general_dilated(
   )
   if plain and jax.default_backend() == 'cpu':
     strides, padding = tuple(strides), tuple(map(tuple, padding))
-    form = _cpu_form(inputs.shape, kernel.shape, strides, padding)
+    form = cpu_forms.fastest_conv(inputs.shape, kernel.shape, strides, padding)
     return form(inputs, kernel, strides, padding, precision)
   return lax.conv_general_dilated(
     inputs,
@@ -185,10 +168,54 @@ def max_pool(
       f'padding must be at most half the window {window}, got {padding}'
     )
   if jax.default_backend() == 'cpu':
-    return _max_pool_by_slices(x, window, stride, padding)
+    return cpu_forms.max_pool(x, window, stride, padding)
   return nn.max_pool(
     x, (window, window), (stride, stride), [(padding, padding)] * 2
   )
+
+
+@contextlib.contextmanager
+def intercept_dense(
+  dense: Callable[[jax.Array, jax.Array], jax.Array], params: Any
+) -> Iterator[None]:
+  """Inside of it flax's dense layers multiply by way of `dense`.
+
+  Args:
+    dense: `(x [..., in], kernel [in, out]) -> [..., out]`, such as
+      `mtl_jax.ghost_update` gives to a loss function.
+    params: a tree; dense layers whose kernel is one of its leaves, the same
+      object, are meant.
+
+  Yields:
+    Nothing.
+
+  Examples:
+    >>> from flax import linen as nn
+    >>> import jax, jax.numpy as jnp
+    >>> from mtl_jax import models
+    >>> model, x = nn.Dense(3), jnp.ones((1, 2))
+    >>> params = model.init(jax.random.key(0), x)
+    >>> with models.intercept_dense(lambda x, kernel: x.sum() * 10, params):
+    ...   print(model.apply(params, x))
+    [20. 20. 20.]
+  """
+  kernels = jax.tree.leaves(params)
+
+  def call(next_call, args, keywords, context):
+    module = context.module
+    if not isinstance(module, nn.Dense) or context.method_name != '__call__':
+      return next_call(*args, **keywords)
+    own = module.variables.get('params', {})
+    if not any(own.get('kernel') is leaf for leaf in kernels):
+      return next_call(*args, **keywords)
+    (x,) = args
+    bias = own.get('bias')
+    x, bias = nn.dtypes.promote_dtype(x, bias, dtype=module.dtype)
+    y = dense(x, own['kernel'])
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+  with nn.intercept_methods(call):
+    yield
 
 
 def _symmetric_uniform(bound):
@@ -196,325 +223,3 @@ def _symmetric_uniform(bound):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
   return init
-
-
-def _cpu_form(shape, kernel_shape, strides, padding):
-  """The form that is fastest for these shapes."""
-  _, _, width, channels = shape
-  strided = strides != (1, 1)
-  narrow = channels <= _MAX_NARROW
-  if narrow and not strided and width <= _MAX_BAND_WIDTH:
-    return _conv_by_bands
-  outputs = math.prod(_out_size(shape, kernel_shape, strides, padding))
-  if outputs <= (_MAX_STRIDED_OUTPUTS if strided else _MAX_OUTPUTS):
-    return _conv_by_patches if narrow else _conv_by_taps
-  return _conv_in_layout
-
-
-def _out_size(shape, kernel_shape, strides, padding):
-  return tuple(
-    (shape[1 + i] + sum(padding[i]) - kernel_shape[i]) // strides[i] + 1
-    for i in range(2)
-  )
-
-
-def _windows(x, kernel_shape, strides, out_size):
-  """Yields, for each place in the window, its value at all outputs."""
-  for i in range(kernel_shape[0]):
-    for j in range(kernel_shape[1]):
-      yield lax.slice(
-        x,
-        (0, i, j, 0),
-        (
-          x.shape[0],
-          i + (out_size[0] - 1) * strides[0] + 1,
-          j + (out_size[1] - 1) * strides[1] + 1,
-          x.shape[3],
-        ),
-        (1, *strides, 1),
-      )
-
-
-def _conv_by_patches(x, kernel, strides, padding, precision):
-  """One product of all patches [B, H', W', patch] with the kernel."""
-  out_size = _out_size(x.shape, kernel.shape, strides, padding)
-  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  patches = jnp.concatenate(
-    list(_windows(x, kernel.shape, strides, out_size)), axis=-1
-  )
-  one = kernel.reshape(1, 1, -1, kernel.shape[-1])
-  return _conv_by_taps(patches, one, (1, 1), ((0, 0), (0, 0)), precision)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _conv_by_taps(x, kernel, strides, padding, precision):
-  """The sum over places in the kernel of one product each.
-
-  A product has those inputs alone that the place meets, so that nothing is
-  multiplied by the zeros of the padding.
-  """
-  return _sum_over_taps(x, kernel, strides, padding, precision)
-
-
-def _sum_over_taps(x, kernel, strides, padding, precision):
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  out_size = _out_size(x.shape, kernel.shape, strides, padding)
-  out = jnp.zeros((x.shape[0], *out_size, kernel.shape[-1]), wide)
-  for tap in _taps(x.shape, kernel.shape, strides, padding):
-    value = jnp.matmul(
-      tap.inputs_of(x),
-      kernel[tap.place],
-      precision=precision,
-      preferred_element_type=wide,
-    )
-    out += tap.among_outputs(value, out_size)
-  return out.astype(x.dtype)
-
-
-def _conv_by_taps_forward(x, kernel, strides, padding, precision):
-  return _sum_over_taps(x, kernel, strides, padding, precision), (x, kernel)
-
-
-def _conv_by_taps_backward(strides, padding, precision, saved, cotangent):
-  """Both gradients, tap by tap."""
-  x, kernel = saved
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  product = functools.partial(
-    jnp.matmul, precision=precision, preferred_element_type=wide
-  )
-  rows = lambda value: value.reshape(-1, value.shape[-1])
-  of_x = jnp.zeros(x.shape, wide)
-  of_kernel = {}
-  for tap in _taps(x.shape, kernel.shape, strides, padding):
-    outputs = tap.outputs_of(cotangent)
-    of_kernel[tap.place] = product(rows(tap.inputs_of(x)).T, rows(outputs))
-    value = product(outputs, kernel[tap.place].T)
-    of_x += tap.among_inputs(value, x.shape)
-  zeros = jnp.zeros(kernel.shape[2:], wide)
-  places = np.ndindex(*kernel.shape[:2])
-  stacked = jnp.stack([of_kernel.get(place, zeros) for place in places])
-  return (
-    of_x.astype(x.dtype),
-    stacked.reshape(kernel.shape).astype(kernel.dtype),
-  )
-
-
-_conv_by_taps.defvjp(_conv_by_taps_forward, _conv_by_taps_backward)
-
-
-class _Tap(NamedTuple):
-  """A place in the kernel, and the outputs that have an input there.
-
-  Attributes:
-    place: (row, column) in the kernel.
-    first_in: the first input that it meets, (row, column).
-    first_out: the first output that it is part of.
-    count: how many there are of them, by row and column.
-    strides: from one of the inputs to the next.
-  """
-
-  place: tuple[int, int]
-  first_in: tuple[int, int]
-  first_out: tuple[int, int]
-  count: tuple[int, int]
-  strides: tuple[int, int]
-
-  def inputs_of(self, x):
-    last = [self.first_in[i] + self._span(i) for i in range(2)]
-    return lax.slice(
-      x,
-      (0, *self.first_in, 0),
-      (x.shape[0], *last, x.shape[3]),
-      (1, *self.strides, 1),
-    )
-
-  def outputs_of(self, out):
-    last = [self.first_out[i] + self.count[i] for i in range(2)]
-    return lax.slice(
-      out, (0, *self.first_out, 0), (out.shape[0], *last, out.shape[3])
-    )
-
-  def among_inputs(self, value, shape):
-    """`value` where `inputs_of` takes it from, zero elsewhere."""
-    space = [
-      (low, shape[1 + i] - low - self._span(i), self.strides[i] - 1)
-      for i, low in enumerate(self.first_in)
-    ]
-    return _pad(value, space)
-
-  def among_outputs(self, value, out_size):
-    space = [
-      (low, out_size[i] - low - self.count[i], 0)
-      for i, low in enumerate(self.first_out)
-    ]
-    return _pad(value, space)
-
-  def _span(self, i):
-    return (self.count[i] - 1) * self.strides[i] + 1
-
-
-def _pad(value, space):
-  none = (0, 0, 0)
-  return lax.pad(value, jnp.zeros((), value.dtype), (none, *space, none))
-
-
-def _taps(shape, kernel_shape, strides, padding):
-  """Yields the taps that meet an input at all."""
-  out_size = _out_size(shape, kernel_shape, strides, padding)
-  for place in np.ndindex(*kernel_shape[:2]):
-    ends = []
-    for i in range(2):
-      offset = place[i] - padding[i][0]
-      first = max(0, -(offset // strides[i]))
-      last = min(out_size[i] - 1, (shape[1 + i] - 1 - offset) // strides[i])
-      ends.append((offset + first * strides[i], first, last - first + 1))
-    first_in, first_out, count = zip(*ends, strict=True)
-    if min(count) > 0:
-      yield _Tap(place, first_in, first_out, count, strides)
-
-
-def _conv_by_bands(x, kernel, strides, padding, precision):
-  """A convolution over the height alone, with banded matrices over the width.
-
-  Some columns of a row of the image are one vector of their W x C channels. At
-  every height in the kernel a matrix [W x C, W' x features] holds that row of
-  the kernel once for each output column. It multiplies by zeros too, but has
-  wide channels, which the native convolution is fast for.
-  """
-  del strides  # ones
-  height, kernel_width, channels, features = kernel.shape
-  rows_out, columns_out = _out_size(x.shape, kernel.shape, (1, 1), padding)
-  # Fewer columns at once have fewer zeros, and more have wider products.
-  columns = max(
-    n
-    for n in range(1, columns_out + 1)
-    if columns_out % n == 0 and (n * features <= _MAX_BAND_OUTPUTS or n == 1)
-  )
-  width = columns + kernel_width - 1
-  x = jnp.pad(x, ((0, 0), (0, 0), padding[1], (0, 0)))
-  batch, rows, *_ = x.shape
-  strips = jnp.stack(
-    [x[:, :, j : j + width] for j in range(0, columns_out, columns)], axis=1
-  )
-  bands = jnp.stack(
-    [
-      jnp.pad(kernel, ((0, 0), (j, columns - 1 - j), (0, 0), (0, 0)))
-      for j in range(columns)
-    ],
-    axis=3,
-  )
-  # With one axis of space: as images one column wide it takes twice as long.
-  out = _conv_in_layout(
-    strips.reshape(-1, rows, width * channels),
-    bands.reshape(height, width * channels, columns * features),
-    (1,),
-    padding[:1],
-    precision,
-  )
-  out = out.reshape(batch, -1, rows_out, columns, features)
-  return out.swapaxes(1, 2).reshape(batch, rows_out, columns_out, features)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _conv_in_layout(x, kernel, strides, padding, precision):
-  """The native convolution, over one or two axes of space."""
-  return _native(x, kernel, padding, precision, strides=strides)
-
-
-def _native(x, kernel, padding, precision, *, strides=None, **dilation):
-  space = 'HW'[: x.ndim - 2]
-  layout = f'N{space}C', f'{space}IO', f'N{space}C'
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    strides or (1,) * len(space),
-    padding,
-    dimension_numbers=layout,
-    precision=precision,
-    **dilation,
-  )
-
-
-def _conv_in_layout_forward(x, kernel, strides, padding, precision):
-  out = _native(x, kernel, padding, precision, strides=strides)
-  return out, (x, kernel)
-
-
-def _conv_in_layout_backward(strides, padding, precision, saved, cotangent):
-  """Both gradients as convolutions whose operands are transposed first."""
-  x, kernel = saved
-  axes = tuple(range(len(strides)))
-  before = [low for low, _ in padding]
-  # From the first to the last output, in steps of the input; a stride leaves
-  # rows between them and, where it does not divide, rows behind the last.
-  spans = [(cotangent.shape[1 + i] - 1) * strides[i] + 1 for i in axes]
-  mirrored = [kernel.shape[i] - 1 - before[i] for i in axes]
-  of_x = _native(
-    cotangent,
-    jnp.flip(kernel, axes).swapaxes(-1, -2),
-    [
-      (low, x.shape[1 + i] + kernel.shape[i] - 1 - spans[i] - low)
-      for i, low in enumerate(mirrored)
-    ],
-    precision,
-    lhs_dilation=strides,
-  )
-  # Channels are the batch, and the batch is the channels.
-  of_kernel = _native(
-    jnp.swapaxes(x, 0, -1),
-    jnp.moveaxis(cotangent, 0, -2),
-    [
-      (low, kernel.shape[i] - 1 + spans[i] - x.shape[1 + i] - low)
-      for i, low in enumerate(before)
-    ],
-    precision,
-    rhs_dilation=strides,
-  )
-  return of_x, jnp.moveaxis(of_kernel, 0, -2)
-
-
-_conv_in_layout.defvjp(_conv_in_layout_forward, _conv_in_layout_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _max_pool_by_slices(x, window, stride, padding):
-  """The running maximum of strided slices."""
-  return _max_and_place(x, window, stride, padding)[0]
-
-
-def _max_and_place(x, window, stride, padding):
-  """The maximum of every window, and where in the window it is first."""
-  shape = (window,) * 2
-  strides, pads = (stride,) * 2, ((padding,) * 2,) * 2
-  out_size = _out_size(x.shape, shape, strides, pads)
-  x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
-  first, *rest = _windows(x, shape, strides, out_size)
-  place = jnp.zeros(first.shape, jnp.int16)
-  for number, value in enumerate(rest, 1):
-    larger = (value > first) | jnp.isnan(value)
-    first = jnp.where(larger, value, first)
-    place = jnp.where(larger, jnp.int16(number), place)
-  return first, place
-
-
-def _max_pool_forward(x, window, stride, padding):
-  out, place = _max_and_place(x, window, stride, padding)
-  return out, (place, x)
-
-
-def _max_pool_backward(window, stride, padding, saved, cotangent):
-  place, x = saved
-  sizes = [n + 2 * padding for n in x.shape[1:3]]
-  total = jnp.zeros((x.shape[0], *sizes, x.shape[3]), cotangent.dtype)
-  for number, lows in enumerate(np.ndindex(window, window)):
-    space = [
-      (low, sizes[i] - low - (cotangent.shape[1 + i] - 1) * stride - 1, stride - 1)
-      for i, low in enumerate(lows)
-    ]
-    total += _pad(jnp.where(place == number, cotangent, 0), space)
-  ends = [padding + n for n in x.shape[1:3]]
-  inside = (0, padding, padding, 0), (x.shape[0], *ends, x.shape[3])
-  return (lax.slice(total, *inside),)
-
-
-_max_pool_by_slices.defvjp(_max_pool_forward, _max_pool_backward)

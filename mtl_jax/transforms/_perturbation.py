@@ -37,11 +37,41 @@ def _squares(leaf: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
   return jnp.sum(leaf * leaf, axis=axes)
 
 
-class _Norms(NamedTuple):
-  """Squared norms [T] of each task's gradient, by part."""
+def squared_norm(tree: Any) -> jax.Array:
+  """Squared norm over all leaves, float32 at least."""
+  return sum((_squares(x, None) for x in jax.tree.leaves(tree)), jnp.zeros(()))
+
+
+class Norms(NamedTuple):
+  """Squared norms of task gradients, [T] or those of one task, by part."""
 
   shared: jax.Array
   heads: jax.Array
+
+
+def step_sizes(
+  squares: Norms, rho: Sequence[Any], *, norm: str, eps: float
+) -> tuple[jax.Array, jax.Array]:
+  """What gradients are multiplied by to be perturbations, by part.
+
+  Args:
+    squares: squared norms of what is to be perturbed.
+    rho: the radii of the shared part and of the heads.
+    norm: `'separate'` or `'joint'`.
+    eps: added to the norm.
+
+  Returns:
+    Factors of the shared parts and of the heads, shaped like `squares`.
+  """
+  if norm == 'joint':
+    both = squares.shared + squares.heads
+    squares = Norms(both, both)
+  # A zero gradient has no direction; eps leaves its task where it is.
+  of_shared, of_heads = (
+    radius / (jnp.sqrt(square) + eps)
+    for radius, square in zip(rho, squares, strict=True)
+  )
+  return of_shared, of_heads
 
 
 def _shared(partition: _labels.Partition, leaves: Sequence[Any]) -> list[Any]:
@@ -65,14 +95,14 @@ def _squared_rows(
 
 def _squared_norms(
   partition: _labels.Partition, leaves: Sequence[Any], axes: _aggregator.Axes
-) -> _Norms:
+) -> Norms:
   size = len(partition.task_names)
   heads = [jnp.zeros(())] * size
   for leaf, owner in zip(leaves, partition.owners, strict=True):
     if owner is not None:
       heads[owner] = heads[owner] + _squares(leaf, None)
   shared = _squared_rows(_shared(partition, leaves), size, axes)
-  return _Norms(shared, axes.sum_shards(jnp.stack(heads)))
+  return Norms(shared, axes.sum_shards(jnp.stack(heads)))
 
 
 def perturbed(
@@ -119,13 +149,10 @@ def perturbed(
     ]
   squares = _squared_norms(partition, scaled, axes)
   if present is not None:
-    squares = _Norms(*(jnp.where(present, x, 0) for x in squares))
-  if norm == 'joint':
-    both = squares.shared + squares.heads
-    squares = _Norms(both, both)
-  # A zero gradient has no direction; eps leaves its task where it is.
-  of_shared = rho / (jnp.sqrt(squares.shared) + eps)
-  of_heads = rho_heads / (jnp.sqrt(squares.heads) + eps)
+    squares = Norms(*(jnp.where(present, x, 0) for x in squares))
+  of_shared, of_heads = step_sizes(
+    squares, (rho, rho_heads), norm=norm, eps=eps
+  )
   moved = []
   for g, p, label, owner in zip(
     grads, params, partition.labels, partition.owners, strict=True
@@ -136,14 +163,17 @@ def perturbed(
     scale = (
       _inner.row(of_shared, g) if label == _labels.SHARED else of_heads[owner]
     )
-    shifted = _shifted(p, g, scale, adaptive)
+    there = shifted(p, g, scale, adaptive)
     if present is not None and label == _labels.SHARED:
-      shifted = jnp.where(_inner.row(present, g), shifted, p)
-    moved.append(shifted)
+      there = jnp.where(_inner.row(present, g), there, p)
+    moved.append(there)
   return partition.tree(moved)
 
 
-def _shifted(p: jax.Array, g: jax.Array, scale: Any, adaptive: bool):
+def shifted(
+  p: jax.Array, g: jax.Array, scale: Any, adaptive: bool = False
+) -> jax.Array:
+  """A parameter moved along its gradient, in the parameter's dtype."""
   stretch = _widen(p) * _widen(p) if adaptive else 1
   return (_widen(p) + scale * stretch * _widen(g)).astype(p.dtype)
 
@@ -175,20 +205,15 @@ def perturbed_task(
     scaled = jax.tree.map(
       lambda g, p: jnp.abs(_widen(p)) * _widen(g), grads, params
     )
-  squares = [
-    sum((_squares(g, None) for g in jax.tree.leaves(part)), jnp.zeros(()))
-    for part in scaled
-  ]
-  if norm == 'joint':
-    squares = [squares[0] + squares[1]] * 2
+  squares = Norms(*map(squared_norm, scaled))
+  scales = step_sizes(squares, rho, norm=norm, eps=eps)
 
-  def shift(leaves, own_grads, radius, square):
-    scale = radius / (jnp.sqrt(square) + eps)
+  def shift(leaves, own_grads, scale):
     return jax.tree.map(
-      lambda p, g: _shifted(p, g, scale, adaptive), leaves, own_grads
+      lambda p, g: shifted(p, g, scale, adaptive), leaves, own_grads
     )
 
-  return list(map(shift, params, grads, rho, squares))
+  return list(map(shift, params, grads, scales))
 
 
 def flat_part(

@@ -2,6 +2,7 @@
 
 import collections
 
+from flax import linen as nn
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -279,3 +280,39 @@ def test_initial_values_are_uniform_within_the_inverse_root_of_the_fan_in():
     np.testing.assert_allclose(
       np.std(leaf), bound / 3**0.5, rtol=5 * 0.45 / leaf.size**0.5
     )
+
+
+def test_dense_layers_of_the_given_parameters_are_intercepted():
+  trunk = models.by_name('mlp', widths=(5, 3))
+  image = jnp.asarray(
+    np.random.default_rng(0).random((2, 4, 4, 1)), jnp.float32
+  )
+  params = trunk.init(jax.random.key(0), image)['params']
+  plain = trunk.apply({'params': params}, image)
+  seen = []
+
+  def dense(x, kernel):
+    seen.append(kernel)
+    return x @ kernel
+
+  with models.intercept_dense(dense, params):
+    out = trunk.apply({'params': params}, image)
+    # Of another tree.
+    trunk.apply({'params': jax.tree.map(jnp.copy, params)}, image)
+  trunk.apply({'params': params}, image)
+  np.testing.assert_allclose(out, plain, rtol=1e-6)
+  kernels = [params[f'dense_{i}']['kernel'] for i in (1, 2)]
+  assert [id(x) for x in seen] == [id(x) for x in kernels]
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_intercepted_layer_computes_in_its_own_dtype(dtype):
+  layer = nn.Dense(3, use_bias=False, dtype=dtype)
+  x = jnp.ones((2, 4))
+  params = layer.init(jax.random.key(0), x)
+  multiply = lambda x, kernel: x @ kernel.astype(x.dtype)
+  with models.intercept_dense(multiply, params):
+    out = layer.apply(params, x)
+  plain = layer.apply(params, x)
+  assert out.dtype == plain.dtype == dtype
+  np.testing.assert_array_equal(out, plain)
