@@ -29,6 +29,10 @@ _MAX_NARROW = 16
 _MAX_BAND_WIDTH = 40
 _MAX_BAND_OUTPUTS = 160
 _MAX_OUTPUTS = 16
+_MAX_ROW_CHANNELS = 64
+_ROW_OUTPUTS = range(49, 145)
+
+_NO_PADDING = ((0, 0), (0, 0))
 _MAX_STRIDED_OUTPUTS = 400
 
 
@@ -57,6 +61,8 @@ def fastest_conv(
   outputs = math.prod(_out_size(shape, kernel_shape, strides, padding))
   if outputs <= (_MAX_STRIDED_OUTPUTS if strided else _MAX_OUTPUTS):
     return _conv_by_patches if narrow else _conv_by_taps
+  if channels <= _MAX_ROW_CHANNELS and not strided and outputs in _ROW_OUTPUTS:
+    return _conv_by_rows
   return _conv_in_layout
 
 
@@ -86,13 +92,27 @@ def _windows(x, kernel_shape, strides, out_size):
 
 def _conv_by_patches(x, kernel, strides, padding, precision):
   """One product of all patches [B, H', W', patch] with the kernel."""
-  out_size = _out_size(x.shape, kernel.shape, strides, padding)
+  x = _patches(x, kernel.shape, strides, padding)
+  kernel = kernel.reshape(1, 1, -1, kernel.shape[-1])
+  return _conv_by_taps(x, kernel, (1, 1), _NO_PADDING, precision)
+
+
+def _conv_by_rows(x, kernel, strides, padding, precision):
+  """One product for each row of the kernel, of patches that are one row."""
+  height, width, channels, features = kernel.shape
+  across = (1, strides[1]), ((0, 0), padding[1])
+  x = _patches(x, (1, width, channels, features), *across)
+  kernel = kernel.reshape(height, 1, width * channels, features)
+  down = (strides[0], 1), (padding[0], (0, 0))
+  return _conv_by_taps(x, kernel, *down, precision)
+
+
+def _patches(x, kernel_shape, strides, padding):
+  """What the kernel meets at every output [B, H', W', height width C]."""
+  out_size = _out_size(x.shape, kernel_shape, strides, padding)
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  patches = jnp.concatenate(
-    list(_windows(x, kernel.shape, strides, out_size)), axis=-1
-  )
-  one = kernel.reshape(1, 1, -1, kernel.shape[-1])
-  return _conv_by_taps(patches, one, (1, 1), ((0, 0), (0, 0)), precision)
+  windows = _windows(x, kernel_shape, strides, out_size)
+  return jnp.concatenate(list(windows), axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
