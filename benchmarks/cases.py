@@ -33,7 +33,8 @@ LEARNING_RATE = 1e-3
 # Adam's first moment after one step, over this, is the gradient of that step.
 FIRST_MOMENT = 0.1
 
-_TORCH_NAMES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
+_TORCH_NAMES = {'kernel': 'weight', 'scale': 'weight'}
+_TORCH_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
 
 AGGREGATORS = {
   'linear': mtl_jax.linear,
@@ -321,14 +322,17 @@ def num_parameters(params: types.Params) -> dict[str, int]:
 
 
 def by_name(tree: Any) -> dict[str, np.ndarray]:
-  """A tree laid out like our parameters as PyTorch's names and layouts."""
+  """A tree laid out like our parameters as PyTorch's names and layouts.
+
+  Models that PyTorch's side has not keep what it would have no name for.
+  """
   found = {}
   for path, leaf in jax.tree.leaves_with_path(tree):
     *parts, kind = [key.key for key in path]
     if parts[0] == 'heads':  # Head of 'task_3' is number 3 of the list.
       parts[1] = parts[1].removeprefix('task_')
     value = np.asarray(leaf)
-    if kind == 'kernel':
-      value = value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0))
-    found['.'.join([*parts, _TORCH_NAMES[kind]])] = value
+    if kind == 'kernel' and value.ndim in _TORCH_AXES:
+      value = value.transpose(_TORCH_AXES[value.ndim])
+    found['.'.join([*parts, _TORCH_NAMES.get(kind, kind)])] = value
   return found

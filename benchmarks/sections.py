@@ -117,15 +117,16 @@ def quick(sections: Mapping[str, Sequence[Group]]) -> dict[str, list[Group]]:
     sections: those of `all_sections`.
 
   Returns:
-    Of each section one group of each set of variants, the MLP's; of the goals
-    that of every model. Models and batches are small, tasks at most three.
+    Of each section one group of each set of variants, the MLP's, and the
+    ViT's; of the goals that of every model. Models and batches are small,
+    tasks at most three.
   """
   found = {}
   for name, groups in sections.items():
     small = {}
     for group in groups:
       case = group.case
-      if case.model in _SMALL and (name == 'goals' or case.model == 'mlp'):
+      if name == 'goals' or case.model in ('mlp', 'vit_s'):
         small[case.model, group.specs] = group._replace(
           case=dataclasses.replace(
             case,
@@ -144,6 +145,7 @@ _SMALL = {
   'mlp': {'widths': (16, 8)},
   'lenet': {},
   'resnet18': {'widths': (4, 8), 'blocks': (1, 1), 'features': 8},
+  'vit_s': {'width': 8, 'blocks': 1, 'heads': 2, 'hidden': 8},
 }
 
 
