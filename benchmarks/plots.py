@@ -26,6 +26,7 @@ FLAT = 'flat cagrad'
 _COLOURS = {'ours': looks.PALETTE[0], 'pytorch': looks.PALETTE[1]}
 _TITLES = {'ours': 'mtl_jax', 'pytorch': 'PyTorch'}
 _YARDSTICK = '#000000'
+_RATIOS = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
 def against_tasks(section: dict[str, Any]) -> Figure:
@@ -116,7 +117,7 @@ def against_parameters(section: dict[str, Any]) -> Figure:
     left.set_ylabel('time of a step (ms)')
     right.set_ylabel('flat update, in plain updates')
     for ax in (left, right):
-      ax.margins(y=0.12)
+      ax.margins(x=0.1, y=0.12)
     right.set_ylim(bottom=0)
     handles = [
       Line2D([], [], color=_COLOURS[x], ls=line, label=f'{_TITLES[x]}, {kind}')
@@ -207,7 +208,11 @@ def _log(ax: Axes, ticks: Sequence[int]) -> None:
   ax.set_xscale('log')
   ax.set_yscale('log')
   ax.set_xticks(ticks, [str(tick) for tick in ticks])
-  ax.xaxis.set_minor_locator(NullLocator())
+  low, high = ax.get_ylim()
+  ratios = [ratio for ratio in _RATIOS if low <= ratio <= high]
+  ax.set_yticks(ratios, [str(ratio) for ratio in ratios])
+  for axis in (ax.xaxis, ax.yaxis):
+    axis.set_minor_locator(NullLocator())
 
 
 def _title(rows):
