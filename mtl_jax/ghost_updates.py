@@ -28,6 +28,8 @@ from mtl_jax.transforms import _perturbation
 from mtl_jax.transforms import _shared_only
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+# The part of a sum below which float32 leaves a few per cent of it, or nothing.
+_RESOLUTION = 1e-6
 
 
 def ghost_update(
@@ -73,10 +75,12 @@ def ghost_update(
   With a forward pass as 1 and a backward pass as 2 the plain update takes up to
   :math:`1 + 2 T` and, where N is small, about :math:`2 + T`: T passes for the
   cotangents and one for the weights. Of the :math:`1 + 5 T` of a flat update a
-  first layer with N small takes about 2. Such a layer holds T cotangents (3 T
-  when flat) in place of T gradients of its weights. Where the rows of a
-  gradient cancel to a part c of their length, the relative error of its inner
-  products may reach that of float32 over :math:`c^2`, for the gradient over c.
+  first layer's part, :math:`1 + 3 T`, takes about 2 where N is small. Such a
+  layer holds T cotangents (3 T when flat) in place of T gradients of its
+  weights. Where the rows of a gradient cancel to a part c of their length, the
+  relative error of its inner products may reach that of float32 over
+  :math:`c^2`, for the gradient over c; a task whose gradient cancels to
+  rounding so (:math:`c^2 < 10^{-6}`) is not perturbed.
 
   Args:
     loss_fn: `(params, dense, *args) -> {task: scalar}` (or an array [T]), or
@@ -102,9 +106,9 @@ def ghost_update(
 
   Raises:
     ValueError: for an aggregator that needs more than inner products, and for
-      arguments out of range; at `update` for a w that is no shared leaf or is
-      used twice, or, of a layer treated so, on which a loss depends by another
-      way than `dense`.
+      arguments out of range; at `update` for a w that is no shared leaf, is no
+      matrix or is used twice, or, of a layer treated so, on which a loss
+      depends by another way than `dense`.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -190,7 +194,7 @@ def ghost_update(
       return keep(i, _Gradient(of_others, cotangents, of_heads[names[i]]))
 
     found = [pull_back(i) for i in range(size)]
-    gram, moved = _gram(kernels, found)
+    gram, moved, sizes = _gram(kernels, found)
     stacked = jnp.stack(losses)
     known = jnp.where(present, stacked, 1)
     loss_state = gram_updates.weights_for(
@@ -200,15 +204,20 @@ def ghost_update(
     flat_state, terms, of_heads = state.flat, [(w, found)], found
 
     if options.is_flat:
+      # Of a gradient that cancels to rounding neither length nor direction are
+      # known.
+      squares = jnp.diagonal(gram)
+      known_length = ~(squares <= _RESOLUTION * sizes)
       scales = _perturbation.step_sizes(
         _perturbation.Norms(
-          jnp.diagonal(gram),
+          jnp.where(known_length, squares, 0),
           jnp.stack([_perturbation.squared_norm(g.head) for g in found]),
         ),
         options.radii(state.count),
         norm=norm,
         eps=eps,
       )
+      scales = jnp.where(known_length, scales[0], 0), scales[1]
 
       def at_worst_point(i):
         """Task i's gradient at its own worst point of the ball."""
@@ -294,6 +303,8 @@ class _Layers:
         f'once; got an array of shape {jnp.shape(w)} that is '
         f'{"one again" if where else "none of them"}'
       )
+    if jnp.ndim(w) != 2:
+      raise ValueError(f'dense needs w [in, out], got shape {jnp.shape(w)}')
     (number,) = where
     self.inputs[number] = x
     if number in self._ghosts:
@@ -367,19 +378,23 @@ def _gram(kernels, grads):
     grads: a `_Gradient` of every task.
 
   Returns:
-    The matrix, and `{layer: [inputs times the gradient of each task]}`.
+    The matrix; `{layer: [inputs times the gradient of each task]}`; and [T],
+    sums of the magnitudes whose sums are the diagonal.
   """
   stack = lambda trees: jax.tree.map(lambda *rows: jnp.stack(rows), *trees)
   size = len(grads)
   gram = _inner.gram(stack([g.others for g in grads]), size)
-  moved = {
-    i: [kernel.moved(g.cotangents[i]) for g in grads]
-    for i, kernel in kernels.items()
-  }
-  for i, rows in moved.items():
-    cotangents = jnp.stack([g.cotangents[i] for g in grads])
-    gram += _inner.cross(jnp.stack(rows), cotangents, (size, size))
-  return gram, moved
+  sizes = jnp.diagonal(gram)
+  all_moved = {}
+  for i, kernel in kernels.items():
+    rows = [g.cotangents[i] for g in grads]
+    moved = [kernel.moved(row) for row in rows]
+    gram += _inner.cross(jnp.stack(moved), jnp.stack(rows), (size, size))
+    sizes += jnp.stack(
+      [jnp.sum(jnp.abs(a * b)) for a, b in zip(moved, rows, strict=True)]
+    )
+    all_moved[i] = moved
+  return gram, all_moved, sizes
 
 
 def _weighted_sum(weights, grads):

@@ -8,9 +8,10 @@ meets on an image of 2x2.
 
 It also brings convolutions into the one layout that its fast path knows, but
 not inside loops, where those that differentiation makes take many times longer.
-The derivative of a convolution is therefore given here, in that layout. It is
-one of reverse mode (`jax.custom_vjp`): `jax.jvp` of a gradient works, `jax.jvp`
-of the convolution itself does not.
+The derivative of a convolution is therefore given here, in that layout, and
+that of pooling from the places of the maxima. They are of reverse mode
+(`jax.custom_vjp`): `jax.jvp` of a gradient works, `jax.jvp` of the operations
+themselves does not.
 """
 
 from collections.abc import Callable
@@ -254,16 +255,17 @@ def _conv_by_bands(x, kernel, strides, padding, precision):
   height, kernel_width, channels, features = kernel.shape
   rows_out, columns_out = _out_size(x.shape, kernel.shape, (1, 1), padding)
   # Fewer columns at once have fewer zeros, and more have wider products.
-  columns = max(
-    n
-    for n in range(1, columns_out + 1)
-    if columns_out % n == 0 and (n * features <= _MAX_BAND_OUTPUTS or n == 1)
-  )
+  strips = math.ceil(columns_out * features / _MAX_BAND_OUTPUTS)
+  strips = min(strips, columns_out)
+  columns = math.ceil(columns_out / strips)
   width = columns + kernel_width - 1
-  x = jnp.pad(x, ((0, 0), (0, 0), padding[1], (0, 0)))
+  # The last one may be of columns that no output has.
+  low, high = padding[1]
+  high += strips * columns - columns_out
+  x = jnp.pad(x, ((0, 0), (0, 0), (low, high), (0, 0)))
   batch, rows, *_ = x.shape
-  strips = jnp.stack(
-    [x[:, :, j : j + width] for j in range(0, columns_out, columns)], axis=1
+  pieces = jnp.stack(
+    [x[:, :, i * columns : i * columns + width] for i in range(strips)], axis=1
   )
   bands = jnp.stack(
     [
@@ -274,14 +276,15 @@ def _conv_by_bands(x, kernel, strides, padding, precision):
   )
   # With one axis of space: as images one column wide it takes twice as long.
   out = _conv_in_layout(
-    strips.reshape(-1, rows, width * channels),
+    pieces.reshape(batch * strips, rows, width * channels),
     bands.reshape(height, width * channels, columns * features),
     (1,),
     padding[:1],
     precision,
   )
-  out = out.reshape(batch, -1, rows_out, columns, features)
-  return out.swapaxes(1, 2).reshape(batch, rows_out, columns_out, features)
+  out = out.reshape(batch, strips, rows_out, columns, features)
+  out = out.swapaxes(1, 2).reshape(batch, rows_out, strips * columns, features)
+  return out[:, :, :columns_out]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -360,7 +363,7 @@ def _max_and_place(x, window, stride, padding):
   first, *rest = _windows(x, shape, strides, out_size)
   place = jnp.zeros(first.shape, jnp.int16)
   for number, value in enumerate(rest, 1):
-    larger = (value > first) | jnp.isnan(value)
+    larger = (value > first) | (jnp.isnan(value) & ~jnp.isnan(first))
     first = jnp.where(larger, value, first)
     place = jnp.where(larger, jnp.int16(number), place)
   return first, place

@@ -127,6 +127,7 @@ def conv_general_dilated(
   )
   if plain and jax.default_backend() == 'cpu':
     strides, padding = tuple(strides), tuple(map(tuple, padding))
+    inputs, kernel = _varying_alike(inputs, kernel)
     form = cpu_forms.fastest_conv(inputs.shape, kernel.shape, strides, padding)
     return form(inputs, kernel, strides, padding, precision)
   return lax.conv_general_dilated(
@@ -149,7 +150,8 @@ def max_pool(
 
   The gradient of a window goes to its first maximum in row-major order, on
   every backend (as in PyTorch), so the gradients of the inputs add up to the
-  cotangent. A NaN in a window is its maximum.
+  cotangent. A NaN in a window is its maximum. On CPU the derivative is of
+  reverse mode alone.
 
   Args:
     x: images [B, H, W, C], floating point.
@@ -176,18 +178,26 @@ def max_pool(
 
 @contextlib.contextmanager
 def intercept_dense(
-  dense: Callable[[jax.Array, jax.Array], jax.Array], params: Any
+  multiply: Callable[[jax.Array, jax.Array], jax.Array], params: Any
 ) -> Iterator[None]:
-  """Inside of it flax's dense layers multiply by way of `dense`.
+  """Inside of it flax's dense layers multiply by way of `multiply`.
+
+  Only `nn.Dense` itself is meant, with its usual product; subclasses, and
+  layers with a `dot_general`, a `precision` or a `promote_dtype` of their own,
+  stay as they are.
 
   Args:
-    dense: `(x [..., in], kernel [in, out]) -> [..., out]`, such as
+    multiply: `(x [..., in], kernel [in, out]) -> [..., out]`, such as
       `mtl_jax.ghost_update` gives to a loss function.
-    params: a tree; dense layers whose kernel is one of its leaves, the same
-      object, are meant.
+    params: a tree; layers whose kernel is one of its leaves, the same object,
+      are meant. What a model makes of its parameters first (casts, or the
+      blocks of `remat`) is another object.
 
   Yields:
     Nothing.
+
+  Raises:
+    ValueError: at the end, if no such layer was called.
 
   Examples:
     >>> from flax import linen as nn
@@ -195,27 +205,56 @@ def intercept_dense(
     >>> from mtl_jax import models
     >>> model, x = nn.Dense(3), jnp.ones((1, 2))
     >>> params = model.init(jax.random.key(0), x)
-    >>> with models.intercept_dense(lambda x, kernel: x.sum() * 10, params):
+    >>> with models.intercept_dense(lambda x, w: 0 * (x @ w) + 20, params):
     ...   print(model.apply(params, x))
-    [20. 20. 20.]
+    [[20. 20. 20.]]
   """
   kernels = jax.tree.leaves(params)
+  called = []
 
   def call(next_call, args, keywords, context):
     module = context.module
-    if not isinstance(module, nn.Dense) or context.method_name != '__call__':
+    if context.method_name != '__call__' or not _is_usual_dense(module):
       return next_call(*args, **keywords)
     own = module.variables.get('params', {})
     if not any(own.get('kernel') is leaf for leaf in kernels):
       return next_call(*args, **keywords)
-    (x,) = args
-    bias = own.get('bias')
-    x, bias = nn.dtypes.promote_dtype(x, bias, dtype=module.dtype)
-    y = dense(x, own['kernel'])
+    called.append(module.name)
+    (x,) = (*args, *keywords.values())
+    kernel, bias = own['kernel'], own.get('bias')
+    x, _, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=module.dtype)
+    y = multiply(x, kernel)
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
   with nn.intercept_methods(call):
     yield
+  if not called:
+    raise ValueError(
+      'params must hold kernels of dense layers as the model uses them; of '
+      f'{len(kernels)} leaves no layer that was called uses one'
+    )
+
+
+def _is_usual_dense(module):
+  usual = nn.Dense(1, parent=None)
+  names = 'precision', 'dot_general', 'dot_general_cls', 'promote_dtype'
+  return type(module) is nn.Dense and all(
+    getattr(module, name) is getattr(usual, name) for name in names
+  )
+
+
+def _varying_alike(*arrays):
+  """Inside shard_map: the arrays as varying over the mapped axes of any.
+
+  The transpose of that is the sum over replicas, which a derivative of its own
+  (`jax.custom_vjp`) must not make.
+  """
+  axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+  union = frozenset().union(*axes)
+  return [
+    jax.lax.pcast(x, tuple(union - own), to='varying') if union - own else x
+    for x, own in zip(arrays, axes, strict=True)
+  ]
 
 
 def _symmetric_uniform(bound):

@@ -6,6 +6,7 @@ from flax import linen as nn
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import numpy_layers
 import pytest
@@ -28,6 +29,8 @@ _CONVS = {
   'image_2x2': ((2, 2), 20, 16, 3, 1, 1),
   'image_1x1': ((1, 1), 20, 16, 3, 1, 1),
   'narrow_padded': ((7, 5), 3, 4, 3, 1, 1),
+  # 17 columns of 12 features: strips of 9, the last with one too many.
+  'narrow_strips': ((3, 19), 2, 12, 3, 1, 0),
   'not_square': ((6, 9), 20, 8, 3, 2, 1),
 }
 
@@ -306,14 +309,77 @@ def test_dense_layers_of_the_given_parameters_are_intercepted():
   assert [id(x) for x in seen] == [id(x) for x in kernels]
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_intercepted_layer_computes_in_its_own_dtype(dtype):
+@pytest.mark.parametrize('dtype', [None, 'float32', 'bfloat16'])
+@pytest.mark.parametrize('of_input', ['float32', 'bfloat16'])
+def test_intercepted_layer_computes_in_its_own_dtype(of_input, dtype):
   layer = nn.Dense(3, use_bias=False, dtype=dtype)
-  x = jnp.ones((2, 4))
+  x = jnp.ones((2, 4), of_input)
   params = layer.init(jax.random.key(0), x)
   multiply = lambda x, kernel: x @ kernel.astype(x.dtype)
   with models.intercept_dense(multiply, params):
-    out = layer.apply(params, x)
+    out = layer.apply(params, inputs=x)
   plain = layer.apply(params, x)
-  assert out.dtype == plain.dtype == dtype
+  assert out.dtype == plain.dtype
   np.testing.assert_array_equal(out, plain)
+
+
+class _Doubled(nn.Dense):
+  """A layer with a product of its own."""
+
+  def __call__(self, inputs):
+    return 2 * super().__call__(inputs)
+
+
+@pytest.mark.parametrize(
+  'layer',
+  [
+    _Doubled(3),
+    nn.Dense(3, precision='highest'),
+    nn.Dense(3, dot_general=lambda *args, **options: jnp.ones((2, 3))),
+  ],
+)
+def test_layers_with_a_product_of_their_own_are_not_intercepted(layer):
+  x = jnp.ones((2, 4))
+  params = layer.init(jax.random.key(0), x)
+  plain = layer.apply(params, x)
+  with pytest.raises(ValueError, match='of 2 leaves no layer'):
+    with models.intercept_dense(lambda x, kernel: 0 * (x @ kernel), params):
+      out = layer.apply(params, x)
+  np.testing.assert_array_equal(out, plain)
+
+
+@pytest.mark.parametrize('name', ['narrow_padded', 'image_2x2'])
+def test_no_images_are_no_results(name):
+  size, channels, features, kernel_size, stride, padding = _CONVS[name]
+  x, kernel = _inputs(size, channels, features, kernel_size, batch=0)
+  ours = lambda *args: _ours(*args, stride, padding)
+  out, pull = jax.vjp(ours, x, kernel)
+  assert out.shape == _native(x, kernel, stride, padding).shape
+  np.testing.assert_array_equal(pull(out)[1], jnp.zeros(kernel.shape))
+
+
+@pytest.mark.parametrize('check_vma', [False, True])
+@pytest.mark.parametrize('name', ['narrow_padded', 'resnet_next', 'image_2x2'])
+def test_replicas_sum_the_gradient_of_a_kernel_that_they_share(name, check_vma):
+  size, channels, features, kernel_size, stride, padding = _CONVS[name]
+  x, kernel = _inputs(size, channels, features, kernel_size, batch=8)
+  mesh = jax.make_mesh(
+    (8,), ('batch',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+
+  def gradient(x, kernel):
+    loss = lambda kernel: jnp.sum(jnp.sin(_ours(x, kernel, stride, padding)))
+    found = jax.grad(loss)(kernel)
+    return found if check_vma else jax.lax.psum(found, 'batch')
+
+  mapped = jax.shard_map(
+    gradient,
+    mesh=mesh,
+    in_specs=(P('batch'), P()),
+    out_specs=P(),
+    check_vma=check_vma,
+  )
+  expected = jax.grad(
+    lambda kernel: jnp.sum(jnp.sin(_native(x, kernel, stride, padding)))
+  )(kernel)
+  _close(jax.jit(mapped)(x, kernel), expected, 1e-5)

@@ -119,8 +119,10 @@ def through_features(features):
   def loss_fn(params, dense, image):
     shared = params['shared']
     first = jnp.tanh(dense(image, shared['wide']) + shared['bias'][None, None])
-    hidden = dense(features(first), shared['second']) + jnp.sin(
-      dense(image, shared['beside'])
+    hidden = (
+      first
+      + dense(features(first), shared['second'])
+      + jnp.sin(dense(image, shared['beside']))
     )
     return {
       task: (1 + i) * jnp.mean((hidden @ params['heads'][task] - 2.0 * i) ** 2)
@@ -243,7 +245,8 @@ def test_dense_computes_in_the_dtype_of_its_input():
   )
 
 
-def test_eight_devices_give_what_one_gives():
+@pytest.mark.parametrize('rho', [None, 0.5])
+def test_eight_devices_give_what_one_gives(rho):
   names = NAMES[:2]
 
   def loss(params, dense, x):
@@ -255,7 +258,7 @@ def test_eight_devices_give_what_one_gives():
     'heads': {t: draw(8 + i, 48) for i, t in enumerate(names)},
   }
   x = 4 * draw(10, 16, 40)
-  step = mtl_jax.ghost_update(loss, mtl_jax.mgda(), names)
+  step = mtl_jax.ghost_update(loss, mtl_jax.mgda(), names, rho=rho)
   state, update = step.init(params), quick_compile.jit(step.update)
   _, expected, _ = update(params, state, x)
   mesh = jax.make_mesh(
@@ -286,6 +289,27 @@ def test_aux_is_that_of_the_loss_function():
   np.testing.assert_array_equal(grad, 1.0)
 
 
+def test_gradient_that_cancels_to_rounding_is_not_perturbed():
+  """Its inner product with itself is noise, and may be negative."""
+  x = jnp.concatenate([draw(0, 4, 64)] * 2)
+  signs = jnp.concatenate([jnp.ones((4, 1)), -jnp.ones((4, 1))])
+  weights = signs * draw(1, 4, 64)[jnp.array([0, 1, 2, 3] * 2)]
+
+  def loss(w, dense, x):
+    y = dense(x, w)
+    # Every row has its opposite: the first gradient is zero.
+    return {'a': jnp.sum(y * weights), 'b': jnp.sum(jnp.sin(y))}
+
+  plain = mtl_jax.ghost_update(loss, mtl_jax.linear(), ('a', 'b'), rho=0.0)
+  step = mtl_jax.ghost_update(loss, mtl_jax.linear(), ('a', 'b'), rho=1e6)
+  w = draw(2, 64, 64)
+  only = np.array([True, False])
+  _, expected, _ = run(plain, w, x, active=only)
+  _, found, _ = run(step, w, x, active=only)
+  np.testing.assert_array_equal(found, expected)
+  assert np.abs(found).max() < 1e-5
+
+
 def _scaled(params, dense, x):
   y = dense(x, 2 * params['shared']['wide'])
   return dict.fromkeys(NAMES, jnp.sum(y))
@@ -294,6 +318,10 @@ def _scaled(params, dense, x):
 def _twice(params, dense, x):
   w = params['shared']['wide']
   return dict.fromkeys(NAMES, jnp.sum(dense(x, w)) + jnp.sum(dense(x, w)))
+
+
+def _vector(params, dense, x):
+  return dict.fromkeys(NAMES, jnp.sum(dense(x, params['shared']['bias'])))
 
 
 def _regularised(params, dense, x):
@@ -306,6 +334,7 @@ def _regularised(params, dense, x):
   [
     (_scaled, r'as it stands in params.* \(24, 32\) that is none of them'),
     (_twice, r'each once; got .* \(24, 32\) that is one again'),
+    (_vector, r'dense needs w \[in, out\], got shape \(32,\)'),
     (_regularised, r"through dense alone.* \[\"\['shared'\]\['wide'\]\"\]"),
   ],
 )

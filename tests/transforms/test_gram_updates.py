@@ -11,6 +11,7 @@ import quadratics
 import quick_compile
 
 import mtl_jax
+from mtl_jax import gram_updates
 
 PROBLEM = quadratics.Quadratics.random()
 NAMES = quadratics.NAMES
@@ -142,6 +143,32 @@ def test_arguments_out_of_range_are_named(options, message):
 def test_aggregator_with_axes_is_refused():
   with pytest.raises(ValueError, match='must have no axes'):
     mtl_jax.gram_update(loss_fn, mtl_jax.mgda(axis_name='i'), NAMES)
+
+
+@pytest.mark.parametrize('share', [0.5, 2.0])
+def test_flat_gradients_that_are_only_rounding_have_no_weight(share):
+  options = gram_updates.Options(
+    mtl_jax.linear(),
+    2,
+    rho=0.1,
+    rho_heads=None,
+    norm='separate',
+    head_scale=None,
+    eps=1e-12,
+  )
+  resolution = float(jnp.finfo(jnp.float32).eps)
+  weights, state = gram_updates.weights_of_flat(
+    options.inner,
+    jnp.diag(jnp.array([share * resolution**2, 1.0])),
+    jnp.eye(2),
+    options.init(None).flat,
+    jnp.ones(2),
+    jnp.array([True, True]),
+    [jnp.ones(3)],
+  )
+  np.testing.assert_array_equal(weights, [0.0 if share < 1 else 0.5, 0.5])
+  shown = mtl_jax.diagnostics(state)['gram'][0, 0]
+  assert (shown == 0) == (share < 1)
 
 
 @pytest.mark.parametrize('name', ['linear', 'nash_mtl', 'pcgrad'])
