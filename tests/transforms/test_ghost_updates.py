@@ -96,8 +96,7 @@ def check_steps(step, tx, plain_loss, params):
   shown, wanted = mtl_jax.diagnostics(state), mtl_jax.diagnostics(exact_state)
   assert wanted
   for key, value in wanted.items():
-    if not key.endswith('mean_cosine'):  # Of rows of another length.
-      np.testing.assert_allclose(shown[key], value, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(shown[key], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('head_scale', ['none', 'weights'])
@@ -289,25 +288,28 @@ def test_aux_is_that_of_the_loss_function():
   np.testing.assert_array_equal(grad, 1.0)
 
 
-def test_gradient_that_cancels_to_rounding_is_not_perturbed():
+@pytest.mark.parametrize('seed', range(4))
+def test_gradient_that_cancels_to_rounding_is_not_perturbed(seed):
   """Its inner product with itself is noise, and may be negative."""
-  x = jnp.concatenate([draw(0, 4, 64)] * 2)
-  signs = jnp.concatenate([jnp.ones((4, 1)), -jnp.ones((4, 1))])
-  weights = signs * draw(1, 4, 64)[jnp.array([0, 1, 2, 3] * 2)]
+  rng = np.random.default_rng(seed)
+  x = rng.standard_normal((8, 3)) @ rng.standard_normal((3, 64))
+  # Residuals that no column of x meets: the gradient is zero.
+  null = np.linalg.svd(x)[0][:, 3:]
+  residual = null @ rng.standard_normal((5, 64))
+  w = jnp.asarray(rng.standard_normal((64, 64)), jnp.float32)
+  x = jnp.asarray(x, jnp.float32)
+  target = x @ w - jnp.asarray(residual, jnp.float32)
 
   def loss(w, dense, x):
-    y = dense(x, w)
-    # Every row has its opposite: the first gradient is zero.
-    return {'a': jnp.sum(y * weights), 'b': jnp.sum(jnp.sin(y))}
+    return {'a': jnp.sum((dense(x, w) - target) ** 2)}
 
-  plain = mtl_jax.ghost_update(loss, mtl_jax.linear(), ('a', 'b'), rho=0.0)
-  step = mtl_jax.ghost_update(loss, mtl_jax.linear(), ('a', 'b'), rho=1e6)
-  w = draw(2, 64, 64)
-  only = np.array([True, False])
-  _, expected, _ = run(plain, w, x, active=only)
-  _, found, _ = run(step, w, x, active=only)
-  np.testing.assert_array_equal(found, expected)
-  assert np.abs(found).max() < 1e-5
+  step = lambda rho: mtl_jax.ghost_update(
+    loss, mtl_jax.linear(), ('a',), rho=rho
+  )
+  _, expected, _ = run(step(0.0), w, x)
+  _, found, _ = run(step(0.5), w, x)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+  assert np.abs(found).max() < 1e-2
 
 
 def _scaled(params, dense, x):
