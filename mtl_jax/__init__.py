@@ -10,9 +10,9 @@ from mtl_jax.feature_updates import FeatureUpdate
 from mtl_jax.ghost_updates import ghost_update
 from mtl_jax.gradients import task_grad
 from mtl_jax.gradients import TaskGrad
+from mtl_jax.gram_based import GramUpdate
+from mtl_jax.gram_based import GramUpdateState
 from mtl_jax.gram_updates import gram_update
-from mtl_jax.gram_updates import GramUpdate
-from mtl_jax.gram_updates import GramUpdateState
 from mtl_jax.transforms import after_step
 from mtl_jax.transforms import Aggregator
 from mtl_jax.transforms import AggregatorState

@@ -7,27 +7,22 @@ than the gradients.
 """
 
 from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Mapping
 from collections.abc import Sequence
-import math
 from typing import Any
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_jax import dependencies
+from mtl_jax import ghost_layers
 from mtl_jax import gradients
-from mtl_jax import gram_updates
+from mtl_jax import gram_based
 from mtl_jax.transforms import _aggregator
-from mtl_jax.transforms import _inner
 from mtl_jax.transforms import _labels
 from mtl_jax.transforms import _perturbation
 from mtl_jax.transforms import _shared_only
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 # The part of a sum below which float32 leaves a few per cent of it, or nothing.
 _RESOLUTION = 1e-6
 
@@ -44,7 +39,7 @@ def ghost_update(
   eps: float = 1e-12,
   param_labels: _labels.ParamLabels = _labels.default_labels,
   has_aux: bool = False,
-) -> gram_updates.GramUpdate:
+) -> gram_based.GramUpdate:
   r"""The update of a Gram-based method, from inputs and cotangents of layers.
 
   With the rows :math:`X` [N, in] that come into a dense layer, N the batch
@@ -128,7 +123,7 @@ def ghost_update(
   """
   names = _labels.check_task_names(task_names)
   size = len(names)
-  options = gram_updates.Options(
+  options = gram_based.Options(
     aggregator,
     size,
     rho=rho,
@@ -145,12 +140,14 @@ def ghost_update(
     shared, heads, frozen = parts.split(params)
 
     def evaluate(shared, heads, ghosts, taps):
-      layers = _Layers(shared, ghosts, taps)
+      layers = ghost_layers.Layers(shared, ghosts, taps)
       out = loss_fn(parts.join(shared, heads, frozen), layers, *args)
       losses, aux = out if has_aux else (out, None)
       return gradients.as_scalars(losses, names), aux, layers
 
-    ghosts = _ghosts(evaluate, shared, heads, size, options.is_flat)
+    ghosts = ghost_layers.ghosts_of(
+      evaluate, shared, heads, size, options.is_flat
+    )
     weights = {i: x for i, x in enumerate(shared) if i in ghosts}
     others = {i: x for i, x in enumerate(shared) if i not in ghosts}
 
@@ -180,7 +177,7 @@ def ghost_update(
     losses, pull, (aux, inputs) = jax.linearize(
       losses_of, others, heads, taps, has_aux=True
     )
-    kernels = {i: _Kernel(x) for i, x in inputs.items()}
+    kernels = {i: ghost_layers.Kernel(x) for i, x in inputs.items()}
 
     def keep(i, tree):
       """Zeros for an absent task."""
@@ -191,16 +188,16 @@ def ghost_update(
         lambda *dots: pull(*dots)[i], others, heads, taps
       )
       of_others, of_heads, cotangents = transposed(jnp.ones_like(losses[i]))
-      return keep(i, _Gradient(of_others, cotangents, of_heads[names[i]]))
+      return keep(
+        i, ghost_layers.Gradient(of_others, cotangents, of_heads[names[i]])
+      )
 
     found = [pull_back(i) for i in range(size)]
-    gram, moved, sizes = _gram(kernels, found)
+    gram, moved, sizes = ghost_layers.gram_of(kernels, found)
     stacked = jnp.stack(losses)
     known = jnp.where(present, stacked, 1)
-    loss_state = gram_updates.weights_for(
-      inner, gram, state.loss, known, present
-    )
-    w = gram_updates.unless_broken(loss_state.task_weights, gram, present)
+    loss_state = gram_based.weights_for(inner, gram, state.loss, known, present)
+    w = gram_based.unless_broken(loss_state.task_weights, gram, present)
     flat_state, terms, of_heads = state.flat, [(w, found)], found
 
     if options.is_flat:
@@ -234,19 +231,25 @@ def ghost_update(
           move(taps, {k: moved[k][i] for k in taps}, of_shared),
           move(heads[names[i]], found[i].head, of_head),
         )
-        return keep(i, _Gradient(*sam))
+        return keep(i, ghost_layers.Gradient(*sam))
 
       of_heads = list(map(at_worst_point, range(size)))
       flat = [
         jax.tree.map(jnp.subtract, *pair)
         for pair in zip(of_heads, found, strict=True)
       ]
-      v, flat_state = gram_updates.weights_of_flat(
-        inner, _gram(kernels, flat)[0], gram, state.flat, known, present, shared
+      v, flat_state = gram_based.weights_of_flat(
+        inner,
+        ghost_layers.gram_of(kernels, flat)[0],
+        gram,
+        state.flat,
+        known,
+        present,
+        shared,
       )
       terms.append((v, flat))
 
-    sums = [_weighted_sum(*term) for term in terms]
+    sums = [ghost_layers.weighted_sum(*term) for term in terms]
     of_others, cotangents, _ = jax.tree.map(lambda *x: sum(x), *sums)
     of_weights = {
       i: kernels[i].gradient(cotangents[i]).astype(weights[i].dtype)
@@ -263,146 +266,4 @@ def ghost_update(
     grads = parts.join(merge(of_weights, of_others), own, zeros)
     return (stacked, aux), grads, options.next(loss_state, flat_state, state)
 
-  return gram_updates.GramUpdate(options.init, update)
-
-
-class _Gradient(NamedTuple):
-  """A task's gradient.
-
-  Attributes:
-    others: of shared leaves, `{number: array}`.
-    cotangents: at the outputs of layers whose weights have none formed.
-    head: of the leaves of the task's own head.
-  """
-
-  others: Mapping[int, jax.Array]
-  cotangents: Mapping[int, jax.Array]
-  head: Any
-
-
-class _Layers:
-  """What a loss function is given as `dense`.
-
-  Attributes:
-    inputs: {number of the shared leaf: x}, of all calls.
-    outputs: {number of the shared leaf: x @ w}.
-  """
-
-  def __init__(self, shared, ghosts: Collection[int], taps):
-    self._shared = shared
-    self._ghosts = ghosts
-    self._taps = taps
-    self.inputs: dict[int, jax.Array] = {}
-    self.outputs: dict[int, jax.Array] = {}
-
-  def __call__(self, x, w):
-    where = [i for i, leaf in enumerate(self._shared) if leaf is w]
-    if len(where) != 1 or where[0] in self.inputs:
-      raise ValueError(
-        'dense must be given a shared leaf as it stands in params, and each '
-        f'once; got an array of shape {jnp.shape(w)} that is '
-        f'{"one again" if where else "none of them"}'
-      )
-    if jnp.ndim(w) != 2:
-      raise ValueError(f'dense needs w [in, out], got shape {jnp.shape(w)}')
-    (number,) = where
-    self.inputs[number] = x
-    if number in self._ghosts:
-      # Its gradient is made from the cotangents of the tap.
-      w = jax.lax.stop_gradient(w)
-    y = x @ w.astype(x.dtype)
-    self.outputs[number] = y
-    return y + self._taps[number] if number in self._taps else y
-
-
-class _Kernel:
-  """Products of a layer's inputs with each other, and what they are for.
-
-  Attributes:
-    x: inputs [..., in] of the layer, as rows [N, in].
-    products: [N, N], float32 at least.
-  """
-
-  def __init__(self, x: jax.Array):
-    self.x = x.reshape(-1, x.shape[-1])
-    rows = self.x.astype(_inner.wide(x.dtype))
-    self.products = jnp.matmul(rows, rows.T, precision=_HIGHEST)
-
-  def moved(self, cotangents: jax.Array) -> jax.Array:
-    """The inputs times the gradient of the weights, [..., out]."""
-    rows = cotangents.reshape(-1, cotangents.shape[-1])
-    rows = rows.astype(self.products.dtype)
-    moved = jnp.matmul(self.products, rows, precision=_HIGHEST)
-    return moved.reshape(cotangents.shape)
-
-  def gradient(self, cotangents: jax.Array) -> jax.Array:
-    """The gradient of the weights [in, out]."""
-    return self.x.T @ cotangents.reshape(-1, cotangents.shape[-1])
-
-
-def _ghosts(evaluate, shared, heads, size, is_flat):
-  """The layers whose task gradients are not formed, `{number: output}`."""
-
-  def trace(shared, heads):
-    layers = evaluate(shared, heads, (), {})[2]
-    return layers.inputs, layers.outputs
-
-  inputs, outputs = jax.eval_shape(trace, shared, heads)
-  moves = dict.fromkeys(inputs, False)
-  if is_flat:
-    moves, _ = dependencies.needed(trace, shared, heads)
-  return {
-    i: outputs[i]
-    for i, x in inputs.items()
-    if not moves[i]
-    and _is_less(
-      math.prod(x.shape[:-1]), x.shape[-1], outputs[i].shape[-1], size, is_flat
-    )
-  }
-
-
-def _is_less(rows, inputs, outputs, size, is_flat):
-  """Whether products of inputs take fewer operations than task gradients."""
-  # Flat: products with both cotangents, beside two gradients and a product
-  # with perturbed weights.
-  passes, formed = (2, 3) if is_flat else (1, 1)
-  with_kernel = rows * (inputs + passes * size * outputs)
-  return with_kernel <= (formed * size - 1) * inputs * outputs
-
-
-def _gram(kernels, grads):
-  """Gram matrix [T, T] of task gradients, and what they move outputs by.
-
-  Args:
-    kernels: `{layer: _Kernel}`.
-    grads: a `_Gradient` of every task.
-
-  Returns:
-    The matrix; `{layer: [inputs times the gradient of each task]}`; and [T],
-    sums of the magnitudes whose sums are the diagonal.
-  """
-  stack = lambda trees: jax.tree.map(lambda *rows: jnp.stack(rows), *trees)
-  size = len(grads)
-  gram = _inner.gram(stack([g.others for g in grads]), size)
-  sizes = jnp.diagonal(gram)
-  all_moved = {}
-  for i, kernel in kernels.items():
-    rows = [g.cotangents[i] for g in grads]
-    moved = [kernel.moved(row) for row in rows]
-    gram += _inner.cross(jnp.stack(moved), jnp.stack(rows), (size, size))
-    sizes += jnp.stack(
-      [jnp.sum(jnp.abs(a * b)) for a, b in zip(moved, rows, strict=True)]
-    )
-    all_moved[i] = moved
-  return gram, all_moved, sizes
-
-
-def _weighted_sum(weights, grads):
-  """The weighted sum over tasks, of all but heads."""
-
-  def combine(*rows):
-    wide = _inner.wide(rows[0].dtype)
-    total = sum(w * x.astype(wide) for w, x in zip(weights, rows, strict=True))
-    return total.astype(rows[0].dtype)
-
-  return jax.tree.map(combine, *(g._replace(head=()) for g in grads))
+  return gram_based.GramUpdate(options.init, update)

@@ -1,6 +1,7 @@
 """Convolution, pooling and dense layers that are fast on every backend.
 
-On CPU convolutions and pooling have the forms of `cpu_forms`, elsewhere the
+On CPU convolutions and pooling have the forms of
+`cpu_convolutions` and `cpu_pooling`, elsewhere the
 native ones.
 
 The choice is made by `jax.default_backend()` while tracing.
@@ -21,7 +22,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from mtl_jax.models import cpu_forms
+from mtl_jax.models import cpu_convolutions
+from mtl_jax.models import cpu_pooling
 
 
 def dense(features: int, fan_in: int, name: str | None = None) -> nn.Dense:
@@ -128,7 +130,9 @@ def conv_general_dilated(
   if plain and jax.default_backend() == 'cpu':
     strides, padding = tuple(strides), tuple(map(tuple, padding))
     inputs, kernel = _varying_alike(inputs, kernel)
-    form = cpu_forms.fastest_conv(inputs.shape, kernel.shape, strides, padding)
+    form = cpu_convolutions.fastest_conv(
+      inputs.shape, kernel.shape, strides, padding
+    )
     return form(inputs, kernel, strides, padding, precision)
   return lax.conv_general_dilated(
     inputs,
@@ -170,7 +174,7 @@ def max_pool(
       f'padding must be at most half the window {window}, got {padding}'
     )
   if jax.default_backend() == 'cpu':
-    return cpu_forms.max_pool(x, window, stride, padding)
+    return cpu_pooling.max_pool(x, window, stride, padding)
   return nn.max_pool(
     x, (window, window), (stride, stride), [(padding, padding)] * 2
   )

@@ -11,7 +11,7 @@ import quadratics
 import quick_compile
 
 import mtl_jax
-from mtl_jax import gram_updates
+from mtl_jax import gram_based
 
 PROBLEM = quadratics.Quadratics.random()
 NAMES = quadratics.NAMES
@@ -147,7 +147,7 @@ def test_aggregator_with_axes_is_refused():
 
 @pytest.mark.parametrize('share', [0.5, 2.0])
 def test_flat_gradients_that_are_only_rounding_have_no_weight(share):
-  options = gram_updates.Options(
+  options = gram_based.Options(
     mtl_jax.linear(),
     2,
     rho=0.1,
@@ -157,7 +157,7 @@ def test_flat_gradients_that_are_only_rounding_have_no_weight(share):
     eps=1e-12,
   )
   resolution = float(jnp.finfo(jnp.float32).eps)
-  weights, state = gram_updates.weights_of_flat(
+  weights, state = gram_based.weights_of_flat(
     options.inner,
     jnp.diag(jnp.array([share * resolution**2, 1.0])),
     jnp.eye(2),
