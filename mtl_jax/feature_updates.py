@@ -18,9 +18,9 @@ import optax
 from mtl_jax import dependencies
 from mtl_jax import gradients
 from mtl_jax import types
-from mtl_jax.transforms import _aggregator
-from mtl_jax.transforms import _labels
-from mtl_jax.transforms import _shared_only
+from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import labels
+from mtl_jax.transforms.wrappers import _shared_only
 
 
 class FeatureUpdate(NamedTuple):
@@ -45,7 +45,7 @@ def feature_update(
   task_names: Sequence[str],
   *,
   head_scale: str | None = None,
-  param_labels: _labels.ParamLabels = _labels.default_labels,
+  param_labels: labels.ParamLabels = labels.default_labels,
   has_aux: bool = False,
 ) -> FeatureUpdate:
   r"""The update from task gradients of the features: MGDA-UB and relatives.
@@ -117,14 +117,14 @@ def feature_update(
     Gradient Sign Dropout <https://arxiv.org/abs/2010.06808>`_, 2020
     (`graddrop`, which works on features there)
   """
-  names = _labels.check_task_names(task_names)
-  inner = _aggregator.as_aggregator(aggregator)
+  names = labels.check_task_names(task_names)
+  inner = aggregation.as_aggregator(aggregator)
   if inner.extra_batches:
     raise ValueError(
       'aggregator must need no extra_grads, got one with '
       f'extra_batches={inner.extra_batches}'
     )
-  if inner.axes != _aggregator.Axes():
+  if inner.axes != aggregation.Axes():
     raise ValueError(f'aggregator must have no axes, got {inner.axes}')
   # The features take the place of the shared parameters.
   tx = _shared_only.shared_only(inner, names, head_scale=head_scale)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax import dependencies
-from mtl_jax.transforms import _inner
+from mtl_jax.transforms.contract import algebra
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -74,7 +74,7 @@ class Kernel:
 
   def __init__(self, x: jax.Array):
     self.x = x.reshape(-1, x.shape[-1])
-    rows = self.x.astype(_inner.wide(x.dtype))
+    rows = self.x.astype(algebra.wide(x.dtype))
     self.products = jnp.matmul(rows, rows.T, precision=_HIGHEST)
 
   def moved(self, cotangents: jax.Array) -> jax.Array:
@@ -132,13 +132,13 @@ def gram_of(kernels, grads):
   """
   stack = lambda trees: jax.tree.map(lambda *rows: jnp.stack(rows), *trees)
   size = len(grads)
-  gram = _inner.gram(stack([g.others for g in grads]), size)
+  gram = algebra.gram(stack([g.others for g in grads]), size)
   sizes = jnp.diagonal(gram)
   all_moved = {}
   for i, kernel in kernels.items():
     rows = [g.cotangents[i] for g in grads]
     moved = [kernel.moved(row) for row in rows]
-    gram += _inner.cross(jnp.stack(moved), jnp.stack(rows), (size, size))
+    gram += algebra.cross(jnp.stack(moved), jnp.stack(rows), (size, size))
     sizes += jnp.stack(
       [jnp.sum(jnp.abs(a * b)) for a, b in zip(moved, rows, strict=True)]
     )
@@ -150,7 +150,7 @@ def weighted_sum(weights, grads):
   """The weighted sum over tasks, of all but heads."""
 
   def combine(*rows):
-    wide = _inner.wide(rows[0].dtype)
+    wide = algebra.wide(rows[0].dtype)
     total = sum(w * x.astype(wide) for w, x in zip(weights, rows, strict=True))
     return total.astype(rows[0].dtype)
 

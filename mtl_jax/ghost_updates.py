@@ -18,10 +18,10 @@ from mtl_jax import dependencies
 from mtl_jax import ghost_layers
 from mtl_jax import gradients
 from mtl_jax import gram_based
-from mtl_jax.transforms import _aggregator
-from mtl_jax.transforms import _labels
-from mtl_jax.transforms import _perturbation
-from mtl_jax.transforms import _shared_only
+from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import labels
+from mtl_jax.transforms.wrappers import _shared_only
+from mtl_jax.transforms.wrappers import ball
 
 # The part of a sum below which float32 leaves a few per cent of it, or nothing.
 _RESOLUTION = 1e-6
@@ -37,7 +37,7 @@ def ghost_update(
   norm: str = 'separate',
   head_scale: str | None = None,
   eps: float = 1e-12,
-  param_labels: _labels.ParamLabels = _labels.default_labels,
+  param_labels: labels.ParamLabels = labels.default_labels,
   has_aux: bool = False,
 ) -> gram_based.GramUpdate:
   r"""The update of a Gram-based method, from inputs and cotangents of layers.
@@ -121,7 +121,7 @@ def ghost_update(
     <https://arxiv.org/abs/1510.01799>`_, 2015 (norms from inputs and
     cotangents, there of examples)
   """
-  names = _labels.check_task_names(task_names)
+  names = labels.check_task_names(task_names)
   size = len(names)
   options = gram_based.Options(
     aggregator,
@@ -135,7 +135,7 @@ def ghost_update(
   inner = options.inner
 
   def update(params, state, *args, active=None):
-    present = _aggregator.full_active(active, size)
+    present = aggregation.full_active(active, size)
     parts = gradients.Parts(param_labels, params, names)
     shared, heads, frozen = parts.split(params)
 
@@ -205,10 +205,10 @@ def ghost_update(
       # known.
       squares = jnp.diagonal(gram)
       known_length = ~(squares <= _RESOLUTION * sizes)
-      scales = _perturbation.step_sizes(
-        _perturbation.Norms(
+      scales = ball.step_sizes(
+        ball.Norms(
           jnp.where(known_length, squares, 0),
-          jnp.stack([_perturbation.squared_norm(g.head) for g in found]),
+          jnp.stack([ball.squared_norm(g.head) for g in found]),
         ),
         options.radii(state.count),
         norm=norm,
@@ -220,7 +220,7 @@ def ghost_update(
         """Task i's gradient at its own worst point of the ball."""
         of_shared, of_head = (scale[i] for scale in scales)
         move = lambda leaves, grads, scale: jax.tree.map(
-          lambda p, g: _perturbation.shifted(p, g, scale), leaves, grads
+          lambda p, g: ball.shifted(p, g, scale), leaves, grads
         )
 
         def own_loss(others, taps, head):

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from mtl_jax import micro_batches as accumulation
 from mtl_jax import transforms
 from mtl_jax import types
-from mtl_jax.transforms import _arguments
-from mtl_jax.transforms import _labels
+from mtl_jax.transforms.contract import arguments
+from mtl_jax.transforms.contract import labels
 
 ENGINES = ('auto', 'unroll', 'vmap', 'scan')
 
@@ -44,7 +44,7 @@ class Parts:
   """Parameters as (shared leaves, leaves by task, frozen leaves) and back."""
 
   def __init__(self, param_labels, tree, task_names):
-    self._partition = _labels.Partition(param_labels, tree, task_names)
+    self._partition = labels.Partition(param_labels, tree, task_names)
     self._labels = self._partition.labels
     self._task_names = task_names
 
@@ -54,12 +54,12 @@ class Parts:
       x for x, own in zip(leaves, self._labels, strict=True) if own == label
     ]
     heads = {task: pick(task) for task in self._task_names}
-    return pick(_labels.SHARED), heads, pick(_labels.FROZEN)
+    return pick(labels.SHARED), heads, pick(labels.FROZEN)
 
   def join(self, shared, heads, frozen):
     parts = {
-      _labels.SHARED: iter(shared),
-      _labels.FROZEN: iter(frozen),
+      labels.SHARED: iter(shared),
+      labels.FROZEN: iter(frozen),
       **{task: iter(head) for task, head in heads.items()},
     }
     return self._partition.tree([next(parts[own]) for own in self._labels])
@@ -125,8 +125,8 @@ def task_grad(
     >>> print(losses, grads['shared'], grads['heads']['b'])
     [ 6. 20.] [3. 5.] 4.0
   """
-  names = _labels.check_task_names(task_names)
-  _arguments.one_of('engine', engine, ENGINES)
+  names = labels.check_task_names(task_names)
+  arguments.one_of('engine', engine, ENGINES)
   if micro_batches < 1:
     raise ValueError(f'micro_batches must be at least 1, got {micro_batches}')
   size = len(names)

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax import types
-from mtl_jax.transforms import _aggregator
-from mtl_jax.transforms import _arguments
-from mtl_jax.transforms import _perturbation
-from mtl_jax.transforms import _shared_only
-from mtl_jax.transforms import _solvers
+from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import arguments
+from mtl_jax.transforms.solvers import simplex
+from mtl_jax.transforms.wrappers import _shared_only
+from mtl_jax.transforms.wrappers import ball
 
 
 class GramUpdate(NamedTuple):
@@ -80,19 +80,19 @@ class Options:
     head_scale: str | None,
     eps: float,
   ):
-    self.inner = _aggregator.as_aggregator(aggregator).for_tasks(size)
+    self.inner = aggregation.as_aggregator(aggregator).for_tasks(size)
     check_gram_based(self.inner, size)
     self.is_flat = rho is not None
-    _arguments.one_of('norm', norm, ('separate', 'joint'))
+    arguments.one_of('norm', norm, ('separate', 'joint'))
     if head_scale is None:
       head_scale = 'none' if self.is_flat else self.inner.head_scale
-    _arguments.one_of('head_scale', head_scale, _shared_only.HEAD_SCALES)
+    arguments.one_of('head_scale', head_scale, _shared_only.HEAD_SCALES)
     self.head_scale = head_scale
-    _arguments.check_positive('eps', eps)
-    self._radius = _perturbation.schedule('rho', rho if self.is_flat else 0.0)
+    arguments.check_positive('eps', eps)
+    self._radius = ball.schedule('rho', rho if self.is_flat else 0.0)
     self._radius_heads = self._radius
     if rho_heads is not None:
-      self._radius_heads = _perturbation.schedule('rho_heads', rho_heads)
+      self._radius_heads = ball.schedule('rho_heads', rho_heads)
     self._size = size
 
   def init(self, params: Any) -> GramUpdateState:
@@ -114,7 +114,7 @@ class Options:
     return GramUpdateState(loss, flat, optax.safe_increment(state.count))
 
 
-def check_gram_based(inner: _aggregator.Aggregator, size: int) -> None:
+def check_gram_based(inner: aggregation.Aggregator, size: int) -> None:
   """Raises for a method that looks at coordinates or remembers some."""
   shapes = [
     jax.tree.map(jnp.shape, jax.eval_shape(inner.init, jnp.zeros(n)))
@@ -130,13 +130,13 @@ def check_gram_based(inner: _aggregator.Aggregator, size: int) -> None:
       f'weights={inner.weights!r} and extra_batches={inner.extra_batches}, '
       'or one that remembers gradients'
     )
-  if inner.axes != _aggregator.Axes():
+  if inner.axes != aggregation.Axes():
     raise ValueError(f'aggregator must have no axes, got {inner.axes}')
 
 
 def weights_for(inner, gram, state, losses, present):
   """The next state, with the weights that rows of this Gram matrix have."""
-  lengths, cos, usable = _solvers.cosines(gram, present)
+  lengths, cos, usable = simplex.cosines(gram, present)
   values, vectors = jnp.linalg.eigh(cos)
   units = vectors * jnp.sqrt(jnp.maximum(values, 0))[None, :]
   # Rows with these lengths and cosines: all that the method looks at.
@@ -146,7 +146,7 @@ def weights_for(inner, gram, state, losses, present):
 
 
 def weights_of_flat(
-  inner: _aggregator.Aggregator,
+  inner: aggregation.Aggregator,
   gram_of_flat: jax.Array,
   gram: jax.Array,
   state: Any,

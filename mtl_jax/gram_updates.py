@@ -15,9 +15,9 @@ import optax
 
 from mtl_jax import gradients
 from mtl_jax import gram_based
-from mtl_jax.transforms import _aggregator
-from mtl_jax.transforms import _labels
-from mtl_jax.transforms import _perturbation
+from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import labels
+from mtl_jax.transforms.wrappers import ball
 
 
 def gram_update(
@@ -31,7 +31,7 @@ def gram_update(
   norm: str = 'separate',
   head_scale: str | None = None,
   eps: float = 1e-12,
-  param_labels: _labels.ParamLabels = _labels.default_labels,
+  param_labels: labels.ParamLabels = labels.default_labels,
   has_aux: bool = False,
 ) -> gram_based.GramUpdate:
   r"""The update of a Gram-based method, for models too large for a stack.
@@ -94,7 +94,7 @@ def gram_update(
     Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
     <https://arxiv.org/abs/1810.04650>`_, 2018 (the update as a weighted loss)
   """
-  names = _labels.check_task_names(task_names)
+  names = labels.check_task_names(task_names)
   size = len(names)
   options = gram_based.Options(
     aggregator,
@@ -108,7 +108,7 @@ def gram_update(
   inner = options.inner
 
   def update(params, state, *args, active=None):
-    present = _aggregator.full_active(active, size)
+    present = aggregation.full_active(active, size)
     parts = gradients.Parts(param_labels, params, names)
     shared, heads, frozen = parts.split(params)
 
@@ -130,7 +130,7 @@ def gram_update(
     def sam_gradient(i, of_shared, of_head):
       """Task i's gradient at its own worst point of the ball."""
       head = heads[names[i]]
-      moved, moved_head = _perturbation.perturbed_task(
+      moved, moved_head = ball.perturbed_task(
         (of_shared, of_head),
         (shared, head),
         rho=options.radii(state.count),

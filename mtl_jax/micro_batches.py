@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax import slices as slicing
-from mtl_jax.transforms import _inner
-from mtl_jax.transforms import _labels
+from mtl_jax.transforms.contract import algebra
+from mtl_jax.transforms.contract import labels
 
 
 def accumulated(
@@ -36,7 +36,7 @@ def accumulated(
     Args:
       fn: `(params, batch, *args) -> (losses, aux, task_grads)`.
     """
-    partition = _labels.Partition(param_labels, params, names)
+    partition = labels.Partition(param_labels, params, names)
     cut = slicing.cut(batch, slices)
     counts = slicing.label_counts(cut, names, slices)
     total = jnp.sum(counts, axis=0, keepdims=True)
@@ -44,7 +44,7 @@ def accumulated(
 
     def weigh(weight, grads):
       scaled = [
-        g * (_inner.row(weight, g) if label == _labels.SHARED else 1.0)
+        g * (algebra.row(weight, g) if label == labels.SHARED else 1.0)
         if owner is None
         else g * weight[owner]
         for g, label, owner in zip(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mtl_jax import gradients
 from mtl_jax import slices as slicing
 from mtl_jax import types
-from mtl_jax.transforms import _labels
+from mtl_jax.transforms.contract import labels
 
 
 class WeightedGrad(NamedTuple):
@@ -75,7 +75,7 @@ def weighted_grad(
     >>> print(losses, grads)  # d/dx [log x^2 + log 3x] = 3 / x
     [4. 6.] 1.5
   """
-  names = _labels.check_task_names(task_names)
+  names = labels.check_task_names(task_names)
   if micro_batches < 1:
     raise ValueError(f'micro_batches must be at least 1, got {micro_batches}')
 

@@ -61,6 +61,16 @@ ALLOWED = {
   },
 }
 
+# Inside `transforms`.
+ROOMS = {
+  'contract': set(),
+  'solvers': {'contract'},
+  'weightings': {'contract'},
+  'wrappers': {'contract'},
+  'aggregators': {'contract', 'solvers'},
+  'bilevel': {'contract', 'solvers', 'weightings'},
+}
+
 
 def _imports(path):
   """(module, names) of every import in a file."""
@@ -80,6 +90,14 @@ def _packages(path):
     if parts[0] != 'mtl_jax':
       continue
     yield from [parts[1]] if len(parts) > 1 else names
+
+
+def _rooms(path):
+  """The rooms of `transforms` that a file imports."""
+  for module, names in _imports(path):
+    parts = module.split('.')
+    if parts[:2] == ['mtl_jax', 'transforms']:
+      yield from [parts[2]] if len(parts) > 2 else names
 
 
 def _files(package):
@@ -102,6 +120,19 @@ def test_package_imports_only_what_the_table_allows(package):
   for path in _files(package):
     found = set(_packages(path)) - {package}
     assert found <= ALLOWED[package], path
+
+
+@pytest.mark.parametrize('room', ROOMS)
+def test_room_of_transforms_imports_only_what_the_table_allows(room):
+  for path in _files(f'transforms/{room}'):
+    assert set(_rooms(path)) - {room} <= ROOMS[room], path
+
+
+def test_table_names_every_room_of_transforms():
+  folder = _ROOT / 'mtl_jax' / 'transforms'
+  there = {path.parent.name for path in folder.glob('*/*.py')}
+  assert there == set(ROOMS)
+  assert [path.name for path in folder.glob('*.py')] == ['__init__.py']
 
 
 def test_transforms_need_jax_numpy_and_optax_alone():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mtl_jax import slices as slicing
 from mtl_jax import types
 from mtl_jax.train import distributed
-from mtl_jax.transforms import _aggregator
+from mtl_jax.transforms.contract import aggregation
 
 
 class Replicas(NamedTuple):
@@ -39,7 +39,7 @@ class Replicas(NamedTuple):
 
   def mean_gradients(self, grads: Any) -> Any:
     """The same of gradients; raises where they are summed already."""
-    return _aggregator.Axes(self.axis_name).average(grads)
+    return aggregation.Axes(self.axis_name).average(grads)
 
   def sum(self, tree: Any) -> Any:
     """The sum over replicas, such as of counts and metrics."""

@@ -22,7 +22,7 @@ from mtl_jax import gradients
 from mtl_jax import transforms
 from mtl_jax import types
 from mtl_jax.train import distributed
-from mtl_jax.transforms import _labels
+from mtl_jax.transforms.contract import labels
 
 PARAMETERS = ('replicated', 'sharded')
 
@@ -190,10 +190,10 @@ class Layout:
 
   def _constrain(self, tree, rows, axes):
     """Lays out a tree of task gradients or task parameters."""
-    partition = _labels.Partition(self.param_labels, tree, self.task_names)
+    partition = labels.Partition(self.param_labels, tree, self.task_names)
     shardings = [
       self._named(rows, *self._cut(x.shape[1:], axes))
-      if label == _labels.SHARED
+      if label == labels.SHARED
       else self._named(*self._cut(x.shape, axes))
       for x, label in zip(partition.leaves(tree), partition.labels, strict=True)
     ]

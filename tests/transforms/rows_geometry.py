@@ -7,10 +7,10 @@ import numpy as np
 import references_geometry as references
 
 import mtl_jax
-from mtl_jax.transforms import _aggregator
-from mtl_jax.transforms import _krum as _krum_file
-from mtl_jax.transforms import _lift
-from mtl_jax.transforms import _trimmed_mean as _trimmed_mean_file
+from mtl_jax.transforms.aggregators import _krum as _krum_file
+from mtl_jax.transforms.aggregators import _trimmed_mean as _trimmed_mean_file
+from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import lifting
 
 
 def _krum(num_byzantine=1, num_selected=1, *, num_tasks=None, **axes):
@@ -33,10 +33,10 @@ def _trimmed_mean(trim=1, *, num_tasks=None, **axes):
   """The same of the trimmed mean."""
   if num_tasks is None or num_tasks < 1:
     mtl_jax.trimmed_mean(trim, num_tasks=num_tasks, **axes)
-  return _lift.lift(
+  return lifting.lift(
     lambda given: _trimmed_mean_file._combine(given, trim),
     num_tasks=num_tasks,
-    axes=_aggregator.Axes(**axes),
+    axes=aggregation.Axes(**axes),
     weights='none',
   )
 

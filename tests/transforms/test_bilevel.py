@@ -12,7 +12,7 @@ import references
 from scipy import optimize
 
 import mtl_jax
-from mtl_jax.transforms import _solvers_constrained
+from mtl_jax.transforms.solvers import constrained
 
 NAN = float('nan')
 TASKS, DIMENSIONS = 3, 4
@@ -388,14 +388,14 @@ def test_forum_is_right_for_gradients_of_very_different_lengths(scales):
 def test_forum_finds_its_direction_for_many_tasks(towards):
   # With q opposed to the mean of the tasks closing the gap undoes their gain.
   rng = np.random.default_rng(0)
-  solve = jax.jit(_solvers_constrained.least_worst)
+  solve = jax.jit(constrained.least_worst)
   for _ in range(30):
     lengths = 10.0 ** rng.uniform(-2, 2, (40, 1))
     J = lengths * rng.standard_normal((40, 60))
     q = towards * J.mean(axis=0) + (not towards) * rng.standard_normal(60)
     found = solve(
       jnp.asarray(J @ J.T, jnp.float32),
-      _solvers_constrained.Constraint(
+      constrained.Constraint(
         jnp.asarray(J @ q, jnp.float32), jnp.float32(q @ q), 0.1
       ),
       jnp.ones(40, bool),

@@ -7,13 +7,13 @@ import pytest
 import references
 from scipy import optimize
 
-from mtl_jax.transforms import _solvers
-from mtl_jax.transforms import _solvers_averse
+from mtl_jax.transforms.solvers import averse
+from mtl_jax.transforms.solvers import simplex
 
-_MIN_NORM = jax.jit(_solvers.min_norm)
+_MIN_NORM = jax.jit(simplex.min_norm)
 
 
-_SOLVE = jax.jit(_solvers_averse.conflict_averse)
+_SOLVE = jax.jit(averse.conflict_averse)
 
 
 def _conflict_averse(gram, active, c):
@@ -195,13 +195,11 @@ def test_batch_of_problems_has_the_solutions_of_each(solver, size):
   solve, batched = {
     'min_norm': (
       lambda gram: _MIN_NORM(gram, active),
-      jax.vmap(lambda gram: _solvers.min_norm(gram, active)),
+      jax.vmap(lambda gram: simplex.min_norm(gram, active)),
     ),
     'conflict_averse': (
       lambda gram: _conflict_averse(gram, active, 0.5),
-      jax.vmap(
-        lambda gram: _solvers_averse.conflict_averse(gram, active, 0.5)[0]
-      ),
+      jax.vmap(lambda gram: averse.conflict_averse(gram, active, 0.5)[0]),
     ),
   }[solver]
   grams = jnp.stack([_gram(_rows('plain', size, seed=s)) for s in range(4)])
@@ -218,12 +216,12 @@ def test_residual_of_weights_that_are_not_optimal(solver, monkeypatch):
   v = jnp.asarray(lengths / lengths.min() / 4, jnp.float32)
   gram, active, c = _gram(J), jnp.ones(4, bool), 0.4
   if solver == 'min_norm':
-    monkeypatch.setattr(_solvers, 'interior_point', lambda *args: v)
-    found, mean = _solvers.min_norm(gram, active), J.mean(axis=0)
+    monkeypatch.setattr(simplex, 'interior_point', lambda *args: v)
+    found, mean = simplex.min_norm(gram, active), J.mean(axis=0)
     shortfall = (mean @ mean - J @ mean) / lengths / lengths.mean()
   else:
-    monkeypatch.setattr(_solvers_averse, '_minimiser', lambda *args: v)
-    found, _ = _solvers_averse.conflict_averse(gram, active, c)
+    monkeypatch.setattr(averse, '_minimiser', lambda *args: v)
+    found, _ = averse.conflict_averse(gram, active, c)
     # g_w is the mean here.
     mean = J.mean(axis=0)
     slopes = (1 + c) * (J @ mean) / np.linalg.norm(mean)

@@ -10,9 +10,9 @@ import references_solvers
 from scipy import optimize
 
 import mtl_jax
-from mtl_jax.transforms import _solvers_cone
+from mtl_jax.transforms.solvers import cone
 
-_SOLVE = jax.jit(_solvers_cone.dual_cone)
+_SOLVE = jax.jit(cone.dual_cone)
 
 
 def _rows(size, dimensions, decades, seed):
@@ -80,11 +80,11 @@ def test_residual_of_one_projection_is_what_its_docstring_says(
   seed, monkeypatch
 ):
   # Too few steps leave something to see.
-  monkeypatch.setattr(_solvers_cone, '_ITERATIONS', 4)
+  monkeypatch.setattr(cone, '_ITERATIONS', 4)
   J = _rows(10, 6, 1, seed)
   lengths = np.linalg.norm(J, axis=1)
   u = 1 / lengths
-  found = _solvers_cone.dual_cone(
+  found = cone.dual_cone(
     jnp.asarray(J @ J.T, jnp.float32),
     jnp.ones(10, bool),
     jnp.asarray(u, jnp.float32)[None],
@@ -101,9 +101,9 @@ def test_residual_of_one_projection_is_what_its_docstring_says(
 
 def test_residual_tells_a_conflict_that_nothing_was_done_about(monkeypatch):
   nothing = lambda matrix, linear: jnp.zeros_like(linear)
-  monkeypatch.setattr(_solvers_cone, '_nonnegative_quadratic', nothing)
+  monkeypatch.setattr(cone, '_nonnegative_quadratic', nothing)
   J = np.array([[3.0, 0.0], [-4.0, 3.0]])
-  found = _solvers_cone.dual_cone(
+  found = cone.dual_cone(
     jnp.asarray(J @ J.T, jnp.float32), jnp.ones(2, bool), jnp.ones((1, 2))
   )
   # The sum is (-1, 3).
@@ -201,9 +201,7 @@ def test_absent_tasks_have_no_weight_and_no_influence(size):
 def test_batch_of_problems_has_the_solutions_of_each():
   problems = [_rows(4, 3, 1, seed) for seed in range(4)]
   grams = jnp.stack([jnp.asarray(J @ J.T, jnp.float32) for J in problems])
-  solve = lambda gram: _solvers_cone.dual_cone(
-    gram, jnp.ones(4, bool), jnp.eye(4)
-  )
+  solve = lambda gram: cone.dual_cone(gram, jnp.ones(4, bool), jnp.eye(4))
   found = jax.jit(jax.vmap(solve))(grams).weights
   for J, weights in zip(problems, found, strict=True):
     expected, _ = _project(J, np.eye(4))

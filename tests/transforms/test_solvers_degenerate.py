@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import references
 
-from mtl_jax.transforms import _solvers
-from mtl_jax.transforms import _solvers_averse
+from mtl_jax.transforms.solvers import averse
+from mtl_jax.transforms.solvers import simplex
 
 _PROBLEMS = 12
 
@@ -31,9 +31,9 @@ def _shortfall(slopes, w, lengths):
   return max(0, np.max((w @ slopes - slopes) / lengths))
 
 
-_min_norm = jax.jit(jax.vmap(_solvers.min_norm, in_axes=(0, None)))
+_min_norm = jax.jit(jax.vmap(simplex.min_norm, in_axes=(0, None)))
 _conflict_averse = jax.jit(
-  jax.vmap(_solvers_averse.conflict_averse, in_axes=(0, None, None))
+  jax.vmap(averse.conflict_averse, in_axes=(0, None, None))
 )
 
 
@@ -113,8 +113,8 @@ DEGENERATE = {
 def test_solutions_are_finite_and_on_the_simplex(kind, size):
   J = jnp.asarray(DEGENERATE[kind], jnp.float32)[:size]
   gram, active = (J @ J.T)[None], jnp.ones(size, bool)
-  averse, multiplier = _conflict_averse(gram, active, 0.5)
-  for found in (_min_norm(gram, active), averse):
+  found_averse, multiplier = _conflict_averse(gram, active, 0.5)
+  for found in (_min_norm(gram, active), found_averse):
     assert np.all(np.isfinite(found.residual))
     assert np.min(found.weights) >= 0
     # A gradient of zero may be left out: its weight changes no direction.

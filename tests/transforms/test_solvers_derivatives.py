@@ -9,16 +9,16 @@ import pytest
 import quick_compile
 
 import mtl_jax
-from mtl_jax.transforms import _solvers
-from mtl_jax.transforms import _solvers_averse
-from mtl_jax.transforms import _solvers_cone
-from mtl_jax.transforms import _solvers_constrained
-from mtl_jax.transforms import _solvers_fair
+from mtl_jax.transforms.solvers import averse
+from mtl_jax.transforms.solvers import cone
+from mtl_jax.transforms.solvers import constrained
+from mtl_jax.transforms.solvers import fair
+from mtl_jax.transforms.solvers import simplex
 
 
 def _direction(gram, active, c):
   """The multiplier of CAGrad too, for the update depends on it."""
-  found, multiplier = _solvers_averse.conflict_averse(gram, active, c)
+  found, multiplier = averse.conflict_averse(gram, active, c)
   return found.weights * (1 + multiplier)
 
 
@@ -26,23 +26,23 @@ def _cone(gram, active, together):
   size = gram.shape[0]
   u = (1 + jnp.arange(size) % 3).astype(gram.dtype)
   u = u[None] if together else jnp.diag(u)
-  return _solvers_cone.dual_cone(gram, active, u).weights
+  return cone.dual_cone(gram, active, u).weights
 
 
 def _fair(gram, active, alpha, scale):
-  return _solvers_fair.alpha_fair(gram, active, alpha, scale).weights
+  return fair.alpha_fair(gram, active, alpha, scale).weights
 
 
 def _least_worst(gram, active):
   """The gradient of the constraint is a sum of those of the tasks."""
   size = gram.shape[0]
   q = jnp.where(active, 0.5 - jnp.arange(size) % 2, 0).astype(gram.dtype)
-  constraint = _solvers_constrained.Constraint(gram @ q, q @ gram @ q, 0.1)
-  return _solvers_constrained.least_worst(gram, constraint, active).weights
+  constraint = constrained.Constraint(gram @ q, q @ gram @ q, 0.1)
+  return constrained.least_worst(gram, constraint, active).weights
 
 
 SOLVERS = {
-  'min_norm': lambda gram, active: _solvers.min_norm(gram, active).weights,
+  'min_norm': lambda gram, active: simplex.min_norm(gram, active).weights,
   'conflict_averse_0.4': functools.partial(_direction, c=0.4),
   'conflict_averse_0.9': functools.partial(_direction, c=0.9),
   'dual_cone_each': functools.partial(_cone, together=False),

@@ -8,9 +8,9 @@ import references
 import references_solvers
 
 import mtl_jax
-from mtl_jax.transforms import _solvers_fair
+from mtl_jax.transforms.solvers import fair
 
-_SOLVE = jax.jit(_solvers_fair.alpha_fair, static_argnums=3)
+_SOLVE = jax.jit(fair.alpha_fair, static_argnums=3)
 
 
 def _solve(J, alpha, scale='norm'):
@@ -176,10 +176,10 @@ def test_task_without_gradient_has_no_say(alpha):
 
 
 def test_unfinished_solution_has_the_residual_of_its_docstring(monkeypatch):
-  monkeypatch.setattr(_solvers_fair, '_ITERATIONS', 1)
+  monkeypatch.setattr(fair, '_ITERATIONS', 1)
   J = _rows('conflicting', 5)
   gram = jnp.asarray(J @ J.T, jnp.float32)
-  found = _solvers_fair.alpha_fair(gram, jnp.ones(5, bool), 1.0)
+  found = fair.alpha_fair(gram, jnp.ones(5, bool), 1.0)
   a = np.asarray(found.weights, np.float64)
   # For alpha 1, and gains that are positive: 1/b against the gain of a unit
   # gradient, and b against its inverse.
@@ -210,7 +210,7 @@ def test_absent_tasks_have_no_weight_and_no_influence(size):
 def test_batch_of_problems_has_the_solutions_of_each():
   problems = [_rows('conflicting', 4, seed) for seed in range(4)]
   grams = jnp.stack([jnp.asarray(J @ J.T, jnp.float32) for J in problems])
-  solve = lambda gram: _solvers_fair.alpha_fair(gram, jnp.ones(4, bool), 2.0)
+  solve = lambda gram: fair.alpha_fair(gram, jnp.ones(4, bool), 2.0)
   found = jax.jit(jax.vmap(solve))(grams).weights
   for J, weights in zip(problems, found, strict=True):
     np.testing.assert_allclose(weights, _solve(J, 2.0)[0], rtol=1e-4)

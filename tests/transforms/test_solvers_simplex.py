@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax.transforms import _solvers
+from mtl_jax.transforms.solvers import simplex
 
-_PROJECT = jax.jit(_solvers.simplex_projection)
+_PROJECT = jax.jit(simplex.simplex_projection)
 NAN = float('nan')
 
 
@@ -65,7 +65,7 @@ def test_absent_tasks_have_no_weight_and_no_influence(absent):
 def test_derivative_is_the_projection_on_the_face():
   # Two of three have weight: each gains what the other loses.
   x = jnp.array([0.7, 0.5, -2.0])
-  found = jax.jacrev(_solvers.project_simplex)(x, jnp.ones(3, bool))
+  found = jax.jacrev(simplex.project_simplex)(x, jnp.ones(3, bool))
   right = [[0.5, -0.5, 0], [-0.5, 0.5, 0], [0, 0, 0]]
   np.testing.assert_allclose(found, right, atol=1e-6)
 
@@ -73,7 +73,7 @@ def test_derivative_is_the_projection_on_the_face():
 def test_batch_of_points_is_projected_one_by_one():
   x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)))
   active = jnp.ones(4, bool)
-  found = jax.vmap(_solvers.project_simplex, in_axes=(0, None))(x, active)
+  found = jax.vmap(simplex.project_simplex, in_axes=(0, None))(x, active)
   for point, weights in zip(x, found, strict=True):
     np.testing.assert_allclose(
       weights, _nearest(np.asarray(point, np.float64)), atol=1e-6

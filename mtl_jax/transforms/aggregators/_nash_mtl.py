@@ -1,0 +1,80 @@
+"""Multi-task learning as a bargaining game."""
+
+from collections.abc import Hashable
+
+from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import arguments
+from mtl_jax.transforms.contract import gram_based
+from mtl_jax.transforms.solvers import fair
+
+
+def nash_mtl(
+  scale: str = 'norm',
+  *,
+  num_tasks: int | None = None,
+  axis_name: Hashable | None = None,
+  reduce: str = 'mean',
+  shard_axis: Hashable | None = None,
+) -> aggregation.Aggregator:
+  r"""Nash bargaining over the direction of the update (Nash-MTL).
+
+  The direction that the tasks agree on, in a ball around no update, maximises
+  the sum of the logarithms of their gains :math:`\langle g_i, d \rangle`. With
+  the Gram matrix G it is
+
+  .. math:: d = \sum_i a_i g_i, \qquad (G a)_i = 1 / a_i
+
+  Scale: that of the sum of the task gradients, which the update is for equal
+  ones. Degree of homogeneity: 1 (G is divided by its Frobenius norm, as in the
+  authors' code); 0 with `scale='paper'`. The direction does not depend on the
+  lengths of the gradients. A task whose gradient is zero has no say. Where
+  zero is in the convex hull of the gradients there is no agreement: the update
+  is then some finite one, and the residual is large.
+
+  The authors' code also clips the update of the shared parameters to the norm 1
+  (`optax.clip_by_global_norm(1.0)` after this) and can keep the weights for
+  some steps (`every`).
+
+  Args:
+    scale: `'norm'`, or `'paper'` for the Gram matrix as it is.
+    num_tasks: T, to have weights, Gram matrix and residual in the state.
+    axis_name: see `from_gram`.
+    reduce: see `from_gram`.
+    shard_axis: see `from_gram`.
+
+  Returns:
+    An aggregator.
+
+  Raises:
+    ValueError: for another scale.
+
+  Examples:
+    Perpendicular gradients have equal parts; the norm of G is 5 here.
+
+    >>> import jax.numpy as jnp, mtl_jax
+    >>> task_grads = jnp.array([[3.0**0.5, 0.0], [0.0, 2.0]])
+    >>> tx = mtl_jax.nash_mtl()
+    >>> jnp.set_printoptions(precision=3)
+    >>> print(tx.update(task_grads, tx.init(jnp.zeros(2)))[0] / 5**0.5)
+    [1. 1.]
+    >>> tx = mtl_jax.nash_mtl(scale='paper')
+    >>> print(tx.update(task_grads, tx.init(jnp.zeros(2)))[0])
+    [1. 1.]
+
+  References:
+    Navon et al., `Multi-Task Learning as a Bargaining Game
+    <https://arxiv.org/abs/2202.01017>`_, 2022, Claim 3.1
+  """
+  arguments.one_of('scale', scale, fair.SCALES)
+
+  def weights_fn(gram, *, losses, active):
+    del losses
+    return fair.alpha_fair(gram, active, 1.0, scale)
+
+  return gram_based.from_gram(
+    weights_fn,
+    num_tasks=num_tasks,
+    axis_name=axis_name,
+    reduce=reduce,
+    shard_axis=shard_axis,
+  )

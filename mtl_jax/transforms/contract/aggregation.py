@@ -1,0 +1,291 @@
+"""The contract of an aggregator, and the devices it works over.
+
+An aggregator is an optax transformation whose input leaves carry a leading task
+axis and whose output leaves do not. This module holds what all of them share:
+how replicas and shards are reduced, and which shapes are right.
+"""
+
+from collections.abc import Callable
+from collections.abc import Hashable
+import inspect
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.experimental import aggregating
+
+from mtl_jax.transforms.contract import arguments
+
+
+class Axes(NamedTuple):
+  """The mapped axes a transformation is called under, if any.
+
+  Attributes:
+    axis_name: axis of replicas inside `pmap` or `shard_map`. Task gradients and
+      losses are averaged over it before anything else is computed from them.
+    reduce: `'mean'` or `'sum'`, how replicas are brought together.
+    shard_axis: axis over which every parameter is sharded. Only inner products
+      are summed over it; the gradients stay where they are.
+  """
+
+  axis_name: Hashable | None = None
+  reduce: str = 'mean'
+  shard_axis: Hashable | None = None
+
+  def check(self) -> 'Axes':
+    arguments.one_of('reduce', self.reduce, ('mean', 'sum'))
+    if self.axis_name is not None and self.axis_name == self.shard_axis:
+      raise ValueError(
+        'axis_name and shard_axis must be different axes, got '
+        f'{self.axis_name!r} for both'
+      )
+    return self
+
+  def average(self, tree: Any) -> Any:
+    """Brings the replicas' gradients together.
+
+    Args:
+      tree: gradients of this replica, any shapes.
+
+    Returns:
+      Their mean (or sum) over `axis_name`; `tree` itself without one.
+
+    Raises:
+      ValueError: if under `shard_map(check_vma=True)` a leaf does not vary over
+        `axis_name`. The gradient of a replicated parameter is *summed* over
+        devices there by automatic differentiation already, and no later mean
+        undoes that.
+    """
+    if self.axis_name is None:
+      return tree
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+      if self._replicated(leaf):
+        raise ValueError(
+          f'the gradient at {jax.tree_util.keystr(path) or "the root"} does '
+          f'not vary over axis_name={self.axis_name!r}: under '
+          'shard_map(check_vma=True) the gradient of a replicated parameter is '
+          'summed over devices already. Differentiate with respect to '
+          "jax.lax.pcast(params, axis_name, to='varying'), or leave axis_name "
+          'out if the gradients are global.'
+        )
+    reduce = jax.lax.pmean if self.reduce == 'mean' else jax.lax.psum
+    return jax.tree.map(lambda x: reduce(x, self.axis_name), tree)
+
+  def average_losses(self, losses: jax.Array | None) -> jax.Array | None:
+    """Like `average`; losses that are global already are left alone."""
+    if losses is None or self.axis_name is None or self._replicated(losses):
+      return losses
+    reduce = jax.lax.pmean if self.reduce == 'mean' else jax.lax.psum
+    return reduce(losses, self.axis_name)
+
+  def replicate(self, tree: Any) -> Any:
+    """Marks parameters as the replica's own, so that gradients stay local."""
+    if self.axis_name is None:
+      return tree
+
+    def mark(x):
+      axes = self._replicated(x)
+      return jax.lax.pcast(x, tuple(axes), to='varying') if axes else x
+
+    return jax.tree.map(mark, tree)
+
+  def sum_shards(self, x: jax.Array) -> jax.Array:
+    """Sums inner products of shards into those of whole parameters."""
+    return x if self.shard_axis is None else jax.lax.psum(x, self.shard_axis)
+
+  def _replicated(self, x: Any) -> frozenset[Hashable]:
+    """The axes of `axis_name` over which `x` is known to be the same."""
+    # An axis index varies over its axes by definition, so its type tells which
+    # of them are tracked here at all (none under pmap and
+    # shard_map(check_vma=False)).
+    index = jax.lax.axis_index(self.axis_name)
+    return _varying(index) - _varying(x)
+
+
+def _varying(x: Any) -> frozenset[Hashable]:
+  """The mapped axes over which the type of a value says that it varies."""
+  return jax.typeof(x).manual_axis_type.varying
+
+
+class Aggregator(aggregating.Aggregator):
+  """An optax `Aggregator` that wrappers can look into.
+
+  Attributes:
+    init: `params -> state`.
+    update: `(task_grads, state, params=None, *, losses=None, active=None,
+      **extra_args) -> (updates, state)`.
+    aggregate: `update` without the reduction over replicas, for a wrapper that
+      has done it.
+    axes: the mapped axes it was made for.
+    head_scale: how `shared_only` treats heads unless told otherwise.
+    extra_batches: how many stacks of task gradients from further, independent
+      batches `update` needs as `extra_grads`.
+    weights: what `task_weights` in its state are the update's coefficients of:
+      the task `'gradients'`, gradients it `'tracked'`, or `'none'` without any.
+    for_tasks: `num_tasks -> Aggregator`; the same aggregator as if made with
+      `num_tasks`, for a wrapper that knows the tasks.
+  """
+
+  aggregate: Callable[..., tuple[Any, Any]]
+  axes: Axes
+  head_scale: str
+  extra_batches: int
+  weights: str
+  for_tasks: Callable[[int], 'Aggregator']
+
+  def __new__(
+    cls,
+    init: Callable[[Any], Any],
+    aggregate: Callable[..., tuple[Any, Any]],
+    *,
+    axes: Axes | None = None,
+    head_scale: str = 'none',
+    extra_batches: int = 0,
+    weights: str = 'none',
+    for_tasks: Callable[[int], 'Aggregator'] | None = None,
+  ):
+    axes = (axes or Axes()).check()
+
+    def update(task_grads, state, params=None, *, losses=None, **extra_args):
+      if extra_batches and extra_args.get('extra_grads') is not None:
+        extra_args['extra_grads'] = axes.average(extra_args['extra_grads'])
+      return aggregate(
+        axes.average(task_grads),
+        state,
+        params,
+        losses=axes.average_losses(losses),
+        **extra_args,
+      )
+
+    self = super().__new__(cls, init, update)
+    self.aggregate = aggregate
+    self.axes = axes
+    self.head_scale = head_scale
+    self.extra_batches = extra_batches
+    self.weights = weights
+    self.for_tasks = for_tasks or (lambda num_tasks: self)
+    return self
+
+
+def as_aggregator(tx: optax.GradientTransformation) -> Aggregator:
+  """Any transformation that keeps the contract, seen as an `Aggregator`."""
+  if isinstance(tx, Aggregator):
+    return tx
+  # By the signature and not by the type: optax's own aggregators are of the
+  # type that takes extra arguments, and take none.
+  parameters = inspect.signature(tx.update).parameters
+  swallows = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+  def aggregate(task_grads, state, params=None, *, active=None, **extra_args):
+    if active is not None:
+      # It need not know what `active` means.
+      task_grads = jax.tree.map(
+        lambda leaf: jnp.where(
+          jnp.reshape(active, (-1,) + (1,) * (leaf.ndim - 1)), leaf, 0
+        ),
+        task_grads,
+      )
+      extra_args['active'] = active
+    taken = {
+      name: value
+      for name, value in extra_args.items()
+      if swallows or name in parameters
+    }
+    return tx.update(task_grads, state, params, **taken)
+
+  return Aggregator(tx.init, aggregate)
+
+
+def check_weights(name: str, inner: Aggregator) -> None:
+  """Raises unless an update is a weighted sum of the task gradients."""
+  if inner.weights != 'gradients':
+    raise ValueError(
+      f'{name} needs an aggregator whose update is a weighted sum of the task '
+      f'gradients, got one with weights={inner.weights!r}'
+    )
+
+
+def check_task_axis(
+  task_grads: Any, params: Any = None, num_tasks: int | None = None
+) -> int:
+  """Checks that all leaves have one leading task axis, and finds its length.
+
+  Args:
+    task_grads: tree of leaves [T, *shape].
+    params: tree of leaves [*shape], if known.
+    num_tasks: T, if known.
+
+  Returns:
+    T.
+
+  Raises:
+    ValueError: naming the leaf, if shapes are anything else, or if there is no
+      leaf.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(task_grads)
+  shapes = {}
+  if params is not None:
+    ours: Any = jax.tree.structure(task_grads)
+    theirs: Any = jax.tree.structure(params)
+    if ours != theirs:
+      raise ValueError(
+        'task gradients and params must have one structure, got '
+        f'{ours} and {theirs}'
+      )
+    shapes = {
+      path: leaf.shape
+      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+  for path, leaf in leaves:
+    where = jax.tree_util.keystr(path) or 'the root'
+    if leaf.ndim == 0:
+      raise ValueError(
+        f'task gradients need a leading task axis; the leaf at {where} is a '
+        'scalar'
+      )
+    if num_tasks is None:
+      num_tasks = leaf.shape[0]
+    expected = (num_tasks, *shapes.get(path, leaf.shape[1:]))
+    if leaf.shape != expected:
+      raise ValueError(
+        f'the task gradient at {where} has shape {leaf.shape}, expected '
+        f'{expected}: [tasks, *parameter shape] with {num_tasks} tasks'
+      )
+  if num_tasks is None:
+    raise ValueError('there are no task gradients: the tree has no leaf')
+  return num_tasks
+
+
+def check_head(grad: jax.Array, param: jax.Array | None, where: str) -> None:
+  """Raises unless a head's gradient has its parameter's shape."""
+  if param is not None and grad.shape != param.shape:
+    raise ValueError(
+      f'the gradient at {where} has shape {grad.shape}, expected '
+      f'{param.shape}: only shared leaves carry a task axis'
+    )
+
+
+def full_active(active: Any, num_tasks: int) -> jax.Array:
+  """`active` as a bool array [T]; all tasks where it is None."""
+  if active is None:
+    return jnp.ones(num_tasks, bool)
+  active = jnp.asarray(active)
+  if active.shape != (num_tasks,):
+    raise ValueError(
+      f'active must have shape ({num_tasks},), got {active.shape}'
+    )
+  return active.astype(bool)
+
+
+def check_losses(losses: Any, num_tasks: int) -> jax.Array | None:
+  """`losses` as an array [T], at least float32; None stays None."""
+  if losses is None:
+    return None
+  losses = jnp.asarray(losses)
+  if losses.shape != (num_tasks,):
+    raise ValueError(
+      f'losses must have shape ({num_tasks},), got {losses.shape}'
+    )
+  return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))

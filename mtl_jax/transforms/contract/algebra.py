@@ -1,0 +1,203 @@
+"""Inner products and weighted sums of stacks of task gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.transforms.contract import aggregation
+
+# Numbers of a row that are multiplied at once; partial sums that a row is added
+# up in, for so few products of rows; rows that are added at once.
+_PIECE = 2**12
+_PARTIAL_SUMS = 2**14
+_FEW_PRODUCTS = 9
+_ROWS_A_PASS = 8
+
+
+def on_cpu() -> bool:
+  """Whether stacks are worked on as XLA's CPU backend keeps them in place.
+
+  It makes a copy of the whole stack for a product with several axes to
+  contract, for what is multiplied or masked before a reduction, and for what is
+  written over a loop's result. The forms used instead take rows one by one or
+  reshape, which on other backends would be slower or, where the stack is
+  sharded, gather it; there XLA fuses the plain ones.
+  """
+  return jax.default_backend() == 'cpu'
+
+
+def wide(dtype: Any) -> Any:
+  """The dtype in which norms and inner products are computed."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def cross(
+  first: Any,
+  second: Any,
+  shape: tuple[int, int],
+  axes: aggregation.Axes | None = None,
+) -> jax.Array:
+  """Inner products of two stacks of gradients.
+
+  Args:
+    first: tree of leaves [M, *shape]; zeros are the result of no leaf.
+    second: tree of leaves [N, *shape].
+    shape: (M, N).
+    axes: where parameters are sharded, if they are.
+
+  Returns:
+    [M, N], entry (i, j) of row i of `first` with row j of `second`; float32 at
+    least.
+  """
+  total = jnp.zeros(shape, jnp.float32)
+  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+    if on_cpu():
+      rows = [jnp.reshape(x, (x.shape[0], -1)) for x in (a, b)]
+      total = total + _product_by_pieces(*rows)
+    else:
+      total = total + _product(a, b)
+  return total if axes is None else axes.sum_shards(total)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Inner products of all rows, contracting all axes but the first."""
+  rest = tuple(range(1, a.ndim))
+  dtype = wide(jnp.promote_types(a.dtype, b.dtype))
+  return jax.lax.dot_general(
+    a.astype(dtype),
+    b.astype(dtype),
+    ((rest, rest), ((), ())),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def _product_by_pieces(a: jax.Array, b: jax.Array) -> jax.Array:
+  """`_product` of matrices whose rows may be long.
+
+  In some programs XLA's CPU backend adds up a row one number after the other:
+  squared norms of 4 million numbers came out 0.6 % too small in float32. Within
+  a piece, and over the pieces of a row, that loses next to nothing.
+  """
+  if a.shape[0] * b.shape[0] <= _FEW_PRODUCTS:
+    return _product_by_columns(a, b)
+  pieces = a.shape[1] // _PIECE
+  if pieces < 2:
+    return _product(a, b)
+
+  def add(i, total):
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * _PIECE, _PIECE, 1)
+    return total + _product(cut(a), cut(b))
+
+  # Starts from a product, whose type is right inside shard_map too.
+  total = _product(a[:, pieces * _PIECE :], b[:, pieces * _PIECE :])
+  return jax.lax.fori_loop(0, pieces, add, total)
+
+
+def _product_by_columns(a: jax.Array, b: jax.Array) -> jax.Array:
+  """`_product` of few rows, in one pass over memory with many sums at once."""
+  pieces = a.shape[1] // _PARTIAL_SUMS
+  if pieces < 2:
+    return _product(a, b)
+  split = pieces * _PARTIAL_SUMS
+  dtype = wide(jnp.promote_types(a.dtype, b.dtype))
+  first, second = (
+    x[:, :split].astype(dtype).reshape(-1, pieces, _PARTIAL_SUMS)
+    for x in (a, b)
+  )
+  sums = jnp.sum(first[:, None] * second[None], axis=2)
+  return jnp.sum(sums, axis=-1) + _product(a[:, split:], b[:, split:])
+
+
+def gram(
+  task_grads: Any, num_tasks: int, axes: aggregation.Axes | None = None
+) -> jax.Array:
+  """Gram matrix [T, T] of task gradients; see `cross`."""
+  return cross(task_grads, task_grads, (num_tasks, num_tasks), axes)
+
+
+def with_rows(
+  vector: Any, task_grads: Any, num_tasks: int, axes: aggregation.Axes
+) -> tuple[jax.Array, jax.Array]:
+  """Inner products of one gradient with a stack, and its squared norm.
+
+  Args:
+    vector: tree of leaves [*shape].
+    task_grads: tree of leaves [T, *shape].
+    num_tasks: T.
+    axes: where parameters are sharded, if they are.
+
+  Returns:
+    inner products [T] and the squared norm, float32 at least.
+  """
+  one = jax.tree.map(lambda x: x[None], vector)
+  inner = cross(one, task_grads, (1, num_tasks), axes)
+  return inner[0], cross(one, one, (1, 1), axes)[0, 0]
+
+
+def row(weights: jax.Array, leaf: jax.Array) -> jax.Array:
+  """`weights` [T] in a shape that multiplies the rows of `leaf` [T, ...]."""
+  return weights.reshape(weights.shape + (1,) * (leaf.ndim - 1))
+
+
+def _sum_of_rows(
+  weights: jax.Array, leaf: jax.Array, active: jax.Array | None, dtype: Any
+) -> jax.Array:
+  """The weighted sum of rows, so many of them in one pass over memory."""
+  size = weights.shape[0]
+  weights = jnp.asarray(weights)
+
+  def weighed(k):
+    one = leaf[k] if active is None else jnp.where(active[k], leaf[k], 0)
+    return weights[k] * one.astype(dtype)
+
+  def add(i, total):
+    # Of one expression for all rows XLA makes a second stack when they are
+    # many.
+    for k in range(_ROWS_A_PASS):
+      total = total + weighed(first + i * _ROWS_A_PASS + k)
+    return total
+
+  # Those that leave whole passes; one at least, to start from.
+  first = (size - 1) % _ROWS_A_PASS + 1
+  total = sum(map(weighed, range(first)))
+  return jax.lax.fori_loop(0, (size - first) // _ROWS_A_PASS, add, total)
+
+
+def weighted_sum(
+  weights: jax.Array, task_grads: Any, active: jax.Array | None = None
+) -> Any:
+  """Sum of task gradients.
+
+  Args:
+    weights: [T].
+    task_grads: tree of leaves [T, *shape].
+    active: bool [T], the rows to add up, whatever the others hold; all by
+      default.
+
+  Returns:
+    Tree of leaves [*shape], summed in float32 at least, in the leaves' dtype.
+  """
+
+  def combine(leaf):
+    # Loops index it, which NumPy's arrays do not know.
+    leaf = jnp.asarray(leaf)
+    dtype = wide(leaf.dtype)
+    if on_cpu():
+      total = _sum_of_rows(weights, leaf, active, dtype)
+    else:
+      rows = keep_active(active, leaf).astype(dtype)
+      total = jnp.sum(row(weights, leaf) * rows, axis=0)
+    return total.astype(leaf.dtype)
+
+  return jax.tree.map(combine, task_grads)
+
+
+def keep_active(active: jax.Array | None, task_grads: Any) -> Any:
+  """Zeros in the rows of absent tasks, whatever stood there."""
+  if active is None:
+    return task_grads
+  # A product with 0 would let NaN of an absent task through.
+  return jax.tree.map(
+    lambda leaf: jnp.where(row(active, leaf), leaf, 0), task_grads
+  )

@@ -1,0 +1,1 @@
+"""Solvers for weights, exact for the Gram matrix they are given."""

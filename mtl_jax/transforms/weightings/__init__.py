@@ -1,0 +1,41 @@
+"""Methods that weigh losses, by the way they find the weights."""
+
+from mtl_jax.transforms.weightings._famo import famo
+from mtl_jax.transforms.weightings._fixed import equal_weights
+from mtl_jax.transforms.weightings._fixed import static_weights
+from mtl_jax.transforms.weightings._geometric import gls
+from mtl_jax.transforms.weightings._geometric import si
+from mtl_jax.transforms.weightings._history import dtp
+from mtl_jax.transforms.weightings._history import dwa
+from mtl_jax.transforms.weightings._learned import imtl_l
+from mtl_jax.transforms.weightings._learned import uncertainty
+from mtl_jax.transforms.weightings._preference import cosmos
+from mtl_jax.transforms.weightings._preference import pbi
+from mtl_jax.transforms.weightings._random import rlw
+from mtl_jax.transforms.weightings._scheduled import first_then
+from mtl_jax.transforms.weightings._scheduled import scheduled_weights
+from mtl_jax.transforms.weightings._stch import stch
+from mtl_jax.transforms.weightings._weighted import after_step
+from mtl_jax.transforms.weightings._weighted import weighted
+from mtl_jax.transforms.weightings.loss_weighting import LossWeighting
+
+__all__ = [
+  'LossWeighting',
+  'after_step',
+  'cosmos',
+  'dtp',
+  'dwa',
+  'equal_weights',
+  'famo',
+  'first_then',
+  'gls',
+  'imtl_l',
+  'pbi',
+  'rlw',
+  'scheduled_weights',
+  'si',
+  'static_weights',
+  'stch',
+  'uncertainty',
+  'weighted',
+]

@@ -1,0 +1,145 @@
+"""Aggregation of the shared parameters; heads pass through."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import algebra
+from mtl_jax.transforms.contract import arguments
+from mtl_jax.transforms.contract import labels
+from mtl_jax.transforms.contract import lifting
+
+HEAD_SCALES = ('none', 'weights')
+
+
+def head_weights(state: Any) -> jax.Array:
+  """The task weights [T] an aggregator's state shows, to scale heads by."""
+  weights = getattr(state, 'task_weights', None)
+  if weights is None:
+    raise ValueError(
+      "head_scale='weights' needs an aggregator that shows task_weights in its "
+      f'state, got the state {type(state).__name__}'
+    )
+  return weights
+
+
+def scale_head(
+  leaf: jax.Array, owner: int, weights: jax.Array | None, active: Any
+) -> jax.Array:
+  """A head's gradient times its task's weight; zero for an absent task."""
+  if weights is not None:
+    wide = weights[owner] * leaf.astype(algebra.wide(leaf.dtype))
+    leaf = wide.astype(leaf.dtype)
+  return leaf if active is None else jnp.where(active[owner], leaf, 0)
+
+
+def shared_only(
+  aggregator: optax.GradientTransformation,
+  task_names: Sequence[str],
+  *,
+  param_labels: labels.ParamLabels = labels.default_labels,
+  head_scale: str | None = None,
+) -> aggregation.Aggregator:
+  """Aggregates the shared leaves and lets those of heads pass.
+
+  Args:
+    aggregator: any aggregator; sees the shared leaves alone. Its weights are in
+      the state whether or not it was made with `num_tasks`.
+    task_names: the tasks, in the order of the task axis.
+    param_labels: a tree of strings (a prefix of the parameters' tree will do)
+      or a function from parameters to one: `'shared'`, a task's name, or
+      `'frozen'` (zero update).
+    head_scale: `'none'` or `'weights'`, which multiplies each head's gradient
+      by its task's weight. None takes the aggregator's own way: `'weights'` for
+      `linear`, so that equal weights are the gradient of the mean loss, heads
+      included, and `'none'` for all others.
+
+  Returns:
+    An aggregator: shared leaves [T, *shape] and head leaves [*shape] in, leaves
+    [*shape] out. Its state is that of `aggregator`.
+
+  Raises:
+    ValueError: for another `head_scale`, for an aggregator of another number
+      of tasks, for `'weights'` with a method without
+      weights, for labels that are no task; at `update` for leaves of another
+      shape.
+
+  Examples:
+    >>> import jax.numpy as jnp, mtl_jax
+    >>> params = {'shared': jnp.zeros(2), 'heads': {'a': jnp.zeros(1),
+    ...           'b': jnp.zeros(1)}}
+    >>> task_grads = {'shared': jnp.array([[1.0, 0.0], [-2.0, 2.0]]),
+    ...               'heads': {'a': jnp.ones(1), 'b': jnp.ones(1)}}
+    >>> tx = mtl_jax.shared_only(mtl_jax.mgda(), ('a', 'b'))
+    >>> updates, _ = tx.update(task_grads, tx.init(params), params)
+    >>> jnp.set_printoptions(precision=3)
+    >>> print(updates['shared'], updates['heads']['a'])
+    [0.308 0.462] [1.]
+  """
+  names = labels.check_task_names(task_names)
+  inner = aggregation.as_aggregator(aggregator).for_tasks(len(names))
+  head_scale = inner.head_scale if head_scale is None else head_scale
+  arguments.one_of('head_scale', head_scale, HEAD_SCALES)
+
+  def init(params):
+    partition = labels.Partition(param_labels, params, names)
+    state = inner.init(partition.shared(partition.leaves(params)))
+    # A user who asks for weights of a method without any is told at once;
+    # where it is the method's own default, only when a head is there.
+    if head_scale == 'weights' and any(o is not None for o in partition.owners):
+      head_weights(state)
+    return state
+
+  def aggregate(task_grads, state, params=None, *, active=None, **extra_args):
+    partition = labels.Partition(param_labels, task_grads, names)
+    grads = partition.leaves(task_grads)
+    if inner.extra_batches:
+      extra_args['extra_grads'] = tuple(
+        partition.shared(partition.leaves(stack))
+        for stack in lifting.check_extra_grads(
+          extra_args.get('extra_grads'), inner.extra_batches
+        )
+      )
+    shared_params = None
+    if params is not None:
+      param_leaves = partition.leaves(params)
+      partition.check(grads, param_leaves)
+      shared_params = partition.shared(param_leaves)
+    present = None
+    if active is not None:
+      present = aggregation.full_active(active, len(names))
+    shared_updates, state = inner.aggregate(
+      partition.shared(grads),
+      state,
+      shared_params,
+      active=active,
+      **extra_args,
+    )
+    shared = iter(jax.tree.leaves(shared_updates))
+    weights = None
+    if head_scale == 'weights' and any(o is not None for o in partition.owners):
+      weights = head_weights(state)
+    updates = []
+    for grad, label, owner in zip(
+      grads, partition.labels, partition.owners, strict=True
+    ):
+      if label == labels.SHARED:
+        updates.append(next(shared))
+      elif owner is None:
+        updates.append(jnp.zeros_like(grad))
+      else:
+        updates.append(scale_head(grad, owner, weights, present))
+    return partition.tree(updates), state
+
+  return aggregation.Aggregator(
+    init,
+    aggregate,
+    axes=inner.axes,
+    head_scale=head_scale,
+    extra_batches=inner.extra_batches,
+    weights=inner.weights,
+  )
