@@ -4,15 +4,31 @@ import itertools
 import os
 import pathlib
 
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+import jax
+import programs
+import pytest
+import quick_compile
+
+# Read when the first array is made.
+os.environ['XLA_FLAGS'] = ' '.join(
+  (
+    os.environ.get('XLA_FLAGS', ''),
+    quick_compile.FLAGS,
+    '--xla_force_host_platform_device_count=8',
+  )
 )
+jax.config.update('jax_platforms', 'cpu')
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
-import jax
-import pytest
-
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# What all tests together may compile; the count stands at the end of a run.
+MAX_PROGRAMS = 60_000
+
+
+def pytest_configure(config):
+  config.pluginmanager.register(programs.Programs(MAX_PROGRAMS), 'programs')
+
 
 # Every compiled program holds some 20 to 200 memory maps of its process, of
 # which Linux allows 65,530: past that XLA crashes while it compiles.

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+import quick_compile
+
 
 def run_two(arguments, *, timeout_s=300):
   """Runs Python twice at once, with the devices of four.
@@ -26,7 +28,9 @@ def run_two(arguments, *, timeout_s=300):
       cwd=pathlib.Path(__file__).parents[1],
       env={
         **os.environ,
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+        'XLA_FLAGS': (
+          f'{quick_compile.FLAGS} --xla_force_host_platform_device_count=2'
+        ),
       },
       stdout=subprocess.DEVNULL,
       stderr=subprocess.PIPE,

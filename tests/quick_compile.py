@@ -6,8 +6,19 @@ import jax
 
 # What is left out finds no other numbers beyond rounding.
 OPTIONS = {'xla_backend_optimization_level': 0}
+# What a run compiles with, for tests of what a program costs or holds.
+DEFAULTS = {'xla_backend_optimization_level': 3}
 if jax.version.__version_info__ < (0, 11):
-  # Less than half the time; later versions know one way alone.
+  # Less than half the time; later versions know one way alone, and end the
+  # process where XLA_FLAGS asks for another.
   OPTIONS['xla_cpu_use_fusion_emitters'] = False
+  DEFAULTS['xla_cpu_use_fusion_emitters'] = True
 
+# The options for XLA_FLAGS: `conftest.py` sets them for all tests. Processes
+# that a test starts with flags of its own add them.
+FLAGS = ' '.join(
+  f'--{name}={str(value).lower()}' for name, value in OPTIONS.items()
+)
+
+# The same for one program, in an environment without the flags too.
 jit = functools.partial(jax.jit, compiler_options=OPTIONS)

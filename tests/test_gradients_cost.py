@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+import quick_compile
 
 import mtl_jax
 
@@ -38,7 +39,12 @@ def loss_fn(params, image):
 
 def flops(fn, *args):
   """Of the compiled program, the elementwise work included."""
-  return jax.jit(fn).lower(*args).compile().cost_analysis()['flops']
+  return (
+    jax.jit(fn)
+    .lower(*args)
+    .compile(quick_compile.DEFAULTS)
+    .cost_analysis()['flops']
+  )
 
 
 def own_parameters():
@@ -149,7 +155,7 @@ def temporary_copies(method, engine, tasks):
   compiled = (
     jax.jit(update, donate_argnums=0)
     .lower(params, tx.init(params), jnp.ones((1, width)), jnp.ones(tasks, bool))
-    .compile()
+    .compile(quick_compile.DEFAULTS)
   )
   size = sum(x.nbytes for x in params['shared'].values())
   return compiled.memory_analysis().temp_size_in_bytes / size

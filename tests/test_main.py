@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import quick_compile
 
 from mtl_jax import main
 
@@ -89,7 +90,7 @@ def test_error_that_a_user_can_mend_is_one_line_without_a_traceback(
       *(f'--config.data.data_dir={tmp_path}', f'--config.{override}'),
     ],
     cwd=_ROOT,
-    env={**os.environ, 'XLA_FLAGS': ''},
+    env={**os.environ, 'XLA_FLAGS': quick_compile.FLAGS},
     capture_output=True,
     text=True,
     timeout=120,
@@ -108,7 +109,7 @@ def test_ctrl_c_saves_and_ends_with_its_own_status_and_a_message(tmp_path):
       '--config.checkpoint_every_steps=1000000',
     ],
     cwd=_ROOT,
-    env={**os.environ, 'XLA_FLAGS': ''},
+    env={**os.environ, 'XLA_FLAGS': quick_compile.FLAGS},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -154,7 +155,7 @@ def test_second_process_finds_the_programs_that_the_first_compiled(tmp_path):
         *('--workdir=unused', f'--compilation_cache_dir={cache}'),
       ],
       cwd=_ROOT,
-      env={**os.environ, 'XLA_FLAGS': ''},
+      env={**os.environ, 'XLA_FLAGS': quick_compile.FLAGS},
       capture_output=True,
       text=True,
       timeout=120,

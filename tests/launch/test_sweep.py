@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import quick_compile
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _CONFIG = str(_ROOT / 'configs' / 'multi_digits.py')
@@ -147,7 +148,7 @@ def test_second_sweep_of_real_runs_skips_what_the_first_finished(tmp_path):
     subprocess.run(
       command,
       cwd=_ROOT,
-      env={**os.environ, 'XLA_FLAGS': ''},
+      env={**os.environ, 'XLA_FLAGS': quick_compile.FLAGS},
       capture_output=True,
       text=True,
       check=True,

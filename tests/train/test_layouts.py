@@ -161,7 +161,7 @@ def compiled(layout, flat, engine):
       in_shardings=(shards, distributed.batch_sharded(layout.mesh)),
     )
     .lower(params, shape(ROWS, WIDTH))
-    .compile()
+    .compile(quick_compile.DEFAULTS)
   )
 
 
@@ -239,7 +239,7 @@ def test_solvers_do_not_communicate():
       ),
     )
     .lower(params, shape(ROWS, WIDTH))
-    .compile()
+    .compile(quick_compile.DEFAULTS)
     .as_text()
   )
   assert ' while(' in text

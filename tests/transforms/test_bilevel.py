@@ -628,7 +628,11 @@ def test_cost_of_auto_lambda_does_not_grow_with_tasks():
     )
     params = (shared, heads)
     args = params, jnp.zeros((128, 64)), weighting.init(tasks, params)
-    return update.lower(*args).compile().cost_analysis()['flops']
+    return (
+      update.lower(*args)
+      .compile(quick_compile.DEFAULTS)
+      .cost_analysis()['flops']
+    )
 
   assert flops(8) < 1.15 * flops(2)
 

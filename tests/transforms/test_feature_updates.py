@@ -401,7 +401,9 @@ def _flops(tasks):
   first, second = 2 * batch * inputs * hidden, 2 * batch * hidden * hidden
   head, gram = 3 * 2 * batch * hidden * outputs, 2 * tasks**2 * batch * hidden
   expected = 2 * first + 3 * second + tasks * head + gram
-  return lowered.compile().cost_analysis()['flops'], expected
+  return lowered.compile(quick_compile.DEFAULTS).cost_analysis()[
+    'flops'
+  ], expected
 
 
 @pytest.mark.parametrize('tasks', [1, 8])

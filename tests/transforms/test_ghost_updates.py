@@ -382,7 +382,11 @@ def test_operations_are_those_of_the_cheaper_way(rows, rho):
 
   step = mtl_jax.ghost_update(loss, mtl_jax.linear(), names, rho=rho)
   w, x = jnp.ones((inputs, outputs)), jnp.ones((rows, inputs))
-  compiled = jax.jit(step.update).lower(w, step.init(w), x).compile()
+  compiled = (
+    jax.jit(step.update)
+    .lower(w, step.init(w), x)
+    .compile(quick_compile.DEFAULTS)
+  )
   forward = 2 * rows * inputs * outputs
   # Products with the cotangents, and Gram matrices, of one or two kinds.
   kinds = 1 if rho is None else 2

@@ -210,7 +210,7 @@ def test_no_more_copies_of_the_gradient_than_promised(options, copies):
   compiled = (
     jax.jit(step.update)
     .lower(params, step.init(params), jnp.ones((2, WIDTH)))
-    .compile()
+    .compile(quick_compile.DEFAULTS)
   )
   size = params['shared'].nbytes
   temporary = compiled.memory_analysis().temp_size_in_bytes
