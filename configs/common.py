@@ -74,6 +74,7 @@ def make_config(
   method = dict(method)
   sharing = method.pop('sharing')
   method['head_scale'] = _optional(str, method['head_scale'])
+  method['clip_shared'] = _optional(float, method['clip_shared'])
   if method['flat'] is not None:
     flat = method['flat']
     method['flat'] = {**flat, 'rho_heads': _optional(float, flat['rho_heads'])}

@@ -3,8 +3,10 @@
 An entry names a factory in `mtl_jax.transforms`: an `aggregator` of task
 gradients, or a `weighting` of losses, which costs one backward pass (a bilevel
 one a few more). `kwargs` are its arguments, where they are not the factory's
-defaults or worth seeing. `sharing` tells whether the tasks share a trunk
-(`'shared'`, the default) or have one each (`'separate'`).
+defaults or worth seeing. `plain` are further ones of the method without `f_`,
+to which `head_scale` (see `mtl_jax.shared_only`) and `clip_shared`, the largest
+norm of the update's shared part, belong too. `sharing` says whether the tasks
+share a trunk (`'shared'`, the default) or have one each (`'separate'`).
 
 Every name but those of bilevel weightings also exists with `f_` in front: the
 same method inside `mtl_jax.transforms.flat_minima`, with the radius and options
@@ -34,8 +36,23 @@ AGGREGATORS: Mapping[str, Mapping[str, Any]] = {
   'graddrop': {'aggregator': 'graddrop'},
   'cagrad': {'aggregator': 'cagrad', 'kwargs': {'c': 0.4, 'rescale': 'none'}},
   'imtl_g': {'aggregator': 'imtl_g'},
-  'nash_mtl': {'aggregator': 'nash_mtl'},
-  'fairgrad': {'aggregator': 'fairgrad', 'kwargs': {'alpha': 2.0}},
+  # The authors' run: the raw Gram matrix, heads scaled by the weights because
+  # losses are weighed, and the update of the shared part clipped at length 1.
+  # Its length is sqrt(T), so that the clip always acts.
+  'nash_mtl': {
+    'aggregator': 'nash_mtl',
+    'plain': {'scale': 'paper'},
+    'head_scale': 'weights',
+    'clip_shared': 1.0,
+  },
+  # LibMTL's run. The authors' own code leaves heads as they are, multiplies the
+  # shared part by T and clips it at length 1.
+  'fairgrad': {
+    'aggregator': 'fairgrad',
+    'kwargs': {'alpha': 2.0},
+    'plain': {'scale': 'paper'},
+    'head_scale': 'weights',
+  },
   'aligned_mtl': {'aggregator': 'aligned_mtl'},
   'upgrad': {'aggregator': 'upgrad'},
   'dualproj': {'aggregator': 'dualproj'},
@@ -116,9 +133,10 @@ def entry(name: str, **flat: Any) -> dict[str, Any]:
       `combine` and `head_scale`; used by the methods with `f_` only.
 
   Returns:
-    `{'name', 'aggregator', 'weighting', 'kwargs', 'head_scale', 'flat',
-    'sharing'}`. One of `aggregator` and `weighting` is None. `flat` is None for
-    a method without `f_`; `head_scale` None means the method's own default.
+    `{'name', 'aggregator', 'weighting', 'kwargs', 'head_scale', 'clip_shared',
+    'flat', 'sharing'}`. One of `aggregator` and `weighting` is None. `flat` is
+    None for a method without `f_`; `head_scale` None means the method's own
+    default, and `clip_shared` None no clip.
 
   Raises:
     ValueError: if there is no such method; it tells the nearest.
@@ -126,12 +144,15 @@ def entry(name: str, **flat: Any) -> dict[str, Any]:
   common.check_known(name, NAMES, 'method')
   flat_minima = name.startswith('f_')
   values = METHODS[name.removeprefix('f_')]
+  # What holds without `f_` alone.
+  plain = {} if flat_minima else values
   return {
     'name': name,
     'aggregator': values.get('aggregator'),
     'weighting': values.get('weighting'),
-    'kwargs': dict(values.get('kwargs', {})),
-    'head_scale': None if flat_minima else values.get('head_scale'),
+    'kwargs': {**values.get('kwargs', {}), **plain.get('plain', {})},
+    'head_scale': plain.get('head_scale'),
+    'clip_shared': plain.get('clip_shared'),
     'flat': {**_FLAT, 'rho_heads': None, **flat} if flat_minima else None,
     'sharing': values.get('sharing', 'shared'),
   }

@@ -49,6 +49,15 @@ def test_every_method_of_the_package_has_an_entry():
   assert in_package - _NO_ENTRY == entries
 
 
+@pytest.mark.parametrize('name', ['nash_mtl', 'fairgrad'])
+def test_method_of_degree_zero_has_none_of_it_inside_flat_minima(name):
+  plain, flat = methods.entry(name), methods.entry(f'f_{name}')
+  assert plain['kwargs']['scale'] == 'paper'
+  assert plain['head_scale'] == 'weights'
+  assert 'scale' not in flat['kwargs']
+  assert flat['head_scale'] is flat['clip_shared'] is None
+
+
 @pytest.mark.parametrize('config', _CONFIGS)
 def test_networks_are_separate_for_single_task_methods_only(config):
   for name in _NAMES:

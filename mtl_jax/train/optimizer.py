@@ -5,9 +5,11 @@ import inspect
 import typing
 from typing import Any
 
+import jax
 import optax
 
 from mtl_jax import transforms
+from mtl_jax.transforms.contract import labels
 
 _SCHEDULES = ('constant', 'cosine', 'step')
 
@@ -190,6 +192,19 @@ def learning_rate_schedule(optimizer: Any, total_steps: int) -> optax.Schedule:
   return optax.constant_schedule(rate)
 
 
+def _clip(name, norm):
+  if not norm > 0:
+    raise ValueError(f'{name} must be positive or None, got {norm}')
+  return optax.clip_by_global_norm(norm)
+
+
+def _is_shared(tree):
+  """Which leaves are shared, for `optax.masked`."""
+  return jax.tree.map(
+    lambda label: label == labels.SHARED, transforms.default_labels(tree)
+  )
+
+
 class Optimizer(typing.NamedTuple):
   """What a config's method and optimizer are to the train step.
 
@@ -219,6 +234,8 @@ def make_optimizer(
   """The optimizer: aggregate, clip, Adam, decoupled decay, learning rate.
 
   Anything before the aggregation would act on the stack of task gradients.
+  `config.method.clip_shared` is the largest norm of the update's shared part;
+  heads are neither counted nor scaled by it.
 
   Args:
     config: reads `config.method`, `config.optimizer` and `config.seed`.
@@ -245,12 +262,13 @@ def make_optimizer(
   )
   weighting = make_weighting(config.method, config.seed, **given)
   parts = [] if aggregator is None else [aggregator]
+  # A method may be written without the field.
+  clip_shared = config.method.get('clip_shared')
+  if clip_shared is not None:
+    clip = _clip('method.clip_shared', clip_shared)
+    parts.append(optax.masked(clip, _is_shared))
   if optimizer.clip is not None:
-    if not optimizer.clip > 0:
-      raise ValueError(
-        f'optimizer.clip must be positive or None, got {optimizer.clip}'
-      )
-    parts.append(optax.clip_by_global_norm(optimizer.clip))
+    parts.append(_clip('optimizer.clip', optimizer.clip))
   parts.append(optax.scale_by_adam())
   if optimizer.weight_decay < 0:
     raise ValueError(

@@ -6,6 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from configs import methods
 from mtl_jax.train import optimizer
 
 NAMES = ('a', 'b')
@@ -64,6 +65,36 @@ def test_clipping_acts_on_the_aggregated_gradient():
   np.testing.assert_allclose(moments[0], 0.1 * jnp.array([1.5, 2.0]), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+  ('name', 'shared', 'heads'),
+  [
+    # Perpendicular gradients of lengths 3 and 4. The weights 1 / |g_i| make
+    # both parts 1, and the clip shortens (1, 1) but not the heads.
+    ('nash_mtl', (0.5**0.5, 0.5**0.5), (2 / 3, -5 / 4)),
+    # The weights |g_i|^(-4/3).
+    (
+      'fairgrad',
+      (3 ** (-1 / 3), 4 ** (-1 / 3)),
+      (2 * 3 ** (-4 / 3), -5 * 4 ** (-4 / 3)),
+    ),
+  ],
+)
+def test_plain_entry_is_the_run_of_a_public_code(name, shared, heads):
+  config = _config()
+  config.method = ml_collections.ConfigDict(methods.entry(name))
+  tx = optimizer.make_optimizer(config, NAMES, total_steps=10).tx
+  grads = {
+    'shared': GRADS['shared'],
+    'heads': {'a': jnp.array(2.0), 'b': jnp.array(-5.0)},
+  }
+  _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+  (adam,) = (part for part in state if hasattr(part, 'mu'))
+  found = [*adam.mu['shared'], adam.mu['heads']['a'], adam.mu['heads']['b']]
+  np.testing.assert_allclose(
+    found, 0.1 * np.array([*shared, *heads]), rtol=1e-5
+  )
+
+
 def test_decay_is_decoupled_from_the_gradient():
   plain = _updates(_config())
   decayed = _updates(_config(weight_decay=0.5))
@@ -100,6 +131,14 @@ def test_schedule_at_half_and_end_of_the_run(schedule, expected):
 def test_a_value_out_of_range_is_named(key, value):
   with pytest.raises(ValueError, match=rf'{key}.*{value}'):
     optimizer.make_optimizer(_config(**{key: value}), NAMES, total_steps=10)
+
+
+def test_a_clip_of_the_shared_part_out_of_range_is_named():
+  config = _config()
+  with config.unlocked():
+    config.method.clip_shared = 0.0
+  with pytest.raises(ValueError, match=r'method\.clip_shared .* got 0\.0'):
+    optimizer.make_optimizer(config, NAMES, total_steps=10)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ METHODS = (
     name='nash_mtl',
     factory=mtl_jax.nash_mtl,
     reference=references.fairgrad(1.0),
-    # By hand, as above; with TorchJD's clipping to the norm 1 it is the
-    # (0.0542, 0.7061, 0.7061) of its test_values.
+    # By hand, as above, with the length sqrt(2) times 2736^(1/4). The public
+    # codes' update is that of `scale='paper'`, in test_solvers_fair.
     golden=(0.553884, 7.221731, 7.221731),
     scale=float,
     wrong=(('scale', 'sum'), ('scale', None)),

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import method_row
 import numpy as np
 import pytest
 import references
@@ -106,6 +107,19 @@ def test_nash_of_two_tasks_in_closed_form(cosine, lengths):
   part = 1 / np.sqrt(1 + cosine)
   np.testing.assert_allclose(a * lengths, [part, part], rtol=1e-4)
   assert residual <= 1e-4
+
+
+@pytest.mark.parametrize('factor', [1e-2, 1, 1e2])
+def test_nash_at_the_papers_scale_has_one_length_whatever_the_gradients(factor):
+  # TorchJD's test_values have this update after their clip at the norm 1.
+  J = factor * method_row.GOLDEN_MATRIX
+  a = references_solvers.fair_weights(J, 1.0, 'paper')
+  np.testing.assert_allclose(a * (J @ J.T @ a), 1, rtol=1e-9)
+  golden = [0.076584, 0.998533, 0.998533]
+  np.testing.assert_allclose(a @ J, golden, atol=1e-6)
+  tx = mtl_jax.nash_mtl('paper')
+  update, _ = tx.update(jnp.asarray(J, jnp.float32), tx.init(jnp.zeros(3)))
+  np.testing.assert_allclose(update, golden, atol=1e-5)
 
 
 @pytest.mark.parametrize('alpha', [0.5, 1.0, 2.0])

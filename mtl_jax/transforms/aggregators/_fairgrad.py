@@ -29,15 +29,17 @@ def fairgrad(
   alpha tends to the direction along which the worst task gains most.
 
   Scale: that of the sum of the task gradients, which the update is for equal
-  ones. Degree of homogeneity: 1 (G is divided by its Frobenius norm, as for
-  `nash_mtl`); with `scale='paper'` it is :math:`(1 - \alpha) / (1 + \alpha)`.
+  ones. Degree of homogeneity: 1, for G is divided by its Frobenius norm. That
+  is ours; `scale='paper'` solves for G itself, as the paper and its authors'
+  code do, and its degree is :math:`(1 - \alpha) / (1 + \alpha)`.
   For alpha above 1 tasks with short gradients weigh more, and if lengths differ
   much the update is many times longer than any of them. A task whose gradient
   is zero has no say. Where zero is in the convex hull of the gradients there is
   no fair share: the update is then some finite one, and the residual is large.
 
-  The authors' code multiplies by the number of tasks, and then clips to the
-  norm 1 (`optax.clip_by_global_norm(1.0)` after this).
+  The authors' code multiplies the update of the shared parameters by the number
+  of tasks and then clips it at the norm 1; heads keep the gradients of their
+  own losses. LibMTL does neither and weighs the losses, heads included.
 
   Args:
     alpha: which fairness, positive. The authors run 2 in their scripts, 1 is

@@ -25,18 +25,23 @@ def nash_mtl(
   .. math:: d = \sum_i a_i g_i, \qquad (G a)_i = 1 / a_i
 
   Scale: that of the sum of the task gradients, which the update is for equal
-  ones. Degree of homogeneity: 1 (G is divided by its Frobenius norm, as in the
-  authors' code); 0 with `scale='paper'`. The direction does not depend on the
-  lengths of the gradients. A task whose gradient is zero has no say. Where
-  zero is in the convex hull of the gradients there is no agreement: the update
-  is then some finite one, and the residual is large.
+  ones. Degree of homogeneity: 1, for G is divided by its Frobenius norm. That
+  is ours. `scale='paper'` solves for G itself, as the paper does: the degree is
+  0 and the update has the length :math:`\sqrt{T}`, whatever the gradients'.
+  The authors' code does the same, for the norm by which it divides G stands in
+  its constraints again. The direction is the same for both scales and does not
+  depend on the lengths of the gradients. A task whose gradient is zero has no
+  say. Where zero is in the convex hull of the gradients there is no agreement:
+  the update is then some finite one, and the residual is large.
 
-  The authors' code also clips the update of the shared parameters to the norm 1
-  (`optax.clip_by_global_norm(1.0)` after this) and can keep the weights for
-  some steps (`every`).
+  The authors' code weighs the losses, which scales heads by the weights
+  (`shared_only(..., head_scale='weights')`). It then clips the gradient of the
+  shared parameters at the norm 1, which always acts because :math:`\sqrt{T}` is
+  longer, and it can keep the weights for some steps (`every`).
 
   Args:
-    scale: `'norm'`, or `'paper'` for the Gram matrix as it is.
+    scale: `'norm'`, or `'paper'` for the Gram matrix as it is. A method of
+      degree 0 has no place in `flat_minima`.
     num_tasks: T, to have weights, Gram matrix and residual in the state.
     axis_name: see `from_gram`.
     reduce: see `from_gram`.
