@@ -8,8 +8,9 @@ from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import gram_based
 from mtl_jax.transforms.solvers import simplex
 
-# Eigenvalues of the matrix of cosines below this share of the largest are
-# rounding of linearly dependent gradients.
+# Eigenvalues of the matrix of cosines below this, times the number of tasks,
+# are rounding of linearly dependent gradients; so are inner products of unit
+# gradients with their sum that are all below this.
 _RANK_TOLERANCE = 1e-5
 
 
@@ -34,7 +35,8 @@ def imtl_g(
 
   Scale: weights sum to 1 and may be negative. Degree of homogeneity: 1. Tasks
   with a zero gradient have no direction and are left out. Where the weights
-  cannot sum to 1 (tasks cancel) the update is zero.
+  cannot sum to 1, or the unit gradients sum to zero (tasks cancel), the update
+  is zero.
 
   Args:
     num_tasks: T, to have weights and Gram matrix in the state.
@@ -75,6 +77,8 @@ def imtl_g(
     total = jnp.sum(unnormalised)
     largest = jnp.max(jnp.abs(unnormalised))
     there = jnp.abs(total) > _RANK_TOLERANCE * largest
+    # Ones are orthogonal to all that is kept where unit gradients cancel.
+    there &= jnp.max(jnp.abs(cos @ ones)) > _RANK_TOLERANCE
     return jnp.where(there, unnormalised / jnp.where(there, total, 1), 0)
 
   return gram_based.from_gram(
