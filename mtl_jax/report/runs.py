@@ -74,11 +74,27 @@ class Run:
 
   @property
   def evaluations(self) -> tuple[Mapping[str, Any], ...]:
-    """The lines that hold the first metric of every task on test."""
+    """The lines with every task's first metric on test, of its last config."""
     keys = [f'test/{key}' for key in self.first_metrics]
+    since = max((change['step'] for change in self.config_changes), default=0)
     return tuple(
-      line for line in self.lines if all(key in line for key in keys)
+      line
+      for line in self.lines
+      if line['step'] > since and all(key in line for key in keys)
     )
+
+  @property
+  def config_changes(self) -> tuple[Mapping[str, Any], ...]:
+    """Where it went on with another config that may change a score.
+
+    More epochs of the same training do not count.
+    """
+    may_matter = lambda change: any(
+      line.partition(':')[0].rpartition('.')[2]
+      not in (*_NOT_COMPARED, 'epochs')
+      for line in change['changes']
+    )
+    return tuple(filter(may_matter, self.info.get('config_changes', ())))
 
   @property
   def finished(self) -> bool:
@@ -153,20 +169,29 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
   """Reads one run directory.
 
   Args:
-    directory: a folder with `run.json`, `metrics.jsonl` and, where the run got
-      that far, `config.json`.
+    directory: a folder with `run.json` and `metrics.jsonl`. The config is that
+      of `run.json`; of an older run, which has none there, `config.json`.
 
   Returns:
     The run. A last line of the log that is no JSON object, as a crash in the
     middle of writing leaves it, is ignored and mentioned in `warnings`.
 
   Raises:
-    ValueError: names the file (and line) that cannot be read.
+    ValueError: names the file (and line) that cannot be read, or the two files
+      that are of two methods.
   """
   directory = pathlib.Path(directory)
   info = _read_object(directory / 'run.json')
   config_file = directory / 'config.json'
-  config = _read_object(config_file) if config_file.exists() else {}
+  config = info.get('config')
+  if config is None:
+    config = _read_object(config_file) if config_file.exists() else {}
+  configured = flatten(config).get('method.name', info.get('method'))
+  if configured != info.get('method'):
+    raise ValueError(
+      f'{directory} was trained with {info.get("method")!r}, says run.json, '
+      f'but its config is of {configured!r}; remove it or run it again'
+    )
   lines, warnings = _read_lines(directory / 'metrics.jsonl')
   try:
     run = Run(
@@ -185,6 +210,13 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
       warnings=warnings,
     )
     run.first_metrics  # noqa: B018  every task must have a metric
+    if run.config_changes:
+      told = '; '.join(
+        f'from step {change["step"]} on {", ".join(change["changes"])}'
+        for change in run.config_changes
+      )
+      warning = f'{directory} went on with another config: {told}.'
+      run = dataclasses.replace(run, warnings=(*warnings, warning))
   except KeyError as error:
     raise ValueError(f'{directory / "run.json"} has no entry {error}') from None
   return run

@@ -5,8 +5,10 @@ checkpoint is never ahead of the log, and a run that starts again cuts the log
 back to its checkpoint and goes on as if it had never stopped.
 """
 
+from collections.abc import Iterator
 import contextlib
 import logging
+import math
 import os
 import pathlib
 from typing import Any
@@ -18,6 +20,7 @@ from mtl_jax.train import checkpoint
 from mtl_jax.train import checks
 from mtl_jax.train import distributed
 from mtl_jax.train import experiment as experiments
+from mtl_jax.train import lock
 from mtl_jax.train import progress
 from mtl_jax.train import radius
 from mtl_jax.train import run_directory
@@ -43,15 +46,18 @@ def train(
   Args:
     config: of `configs/`.
     workdir: the run directory, of this run alone.
-    overwrite_config: go on in a directory of another config.
+    overwrite_config: go on in a directory of another config. What has been
+      trained there must be the same run: its problem, data, batch size, seed,
+      model and method.
 
   Returns:
     The last evaluation, `{'test/<task>/<metric>': value, ...}`.
 
   Raises:
     ValueError: if the directory is of another config (tells the keys that
-      differ), its checkpoints do not fit or none can be read, or a value of
-      the config is out of range.
+      differ), another process trains there, its checkpoints do not fit or none
+      can be read, or a value of the config is out of range. The directory's
+      `config.json`, `run.json` and `metrics.jsonl` are then as they were.
     NonFiniteLossError: if a loss is not finite; names task and step.
     Interrupted: after a signal, when all is saved.
   """
@@ -67,26 +73,42 @@ def train(
 
 
 def _train(config, workdir, overwrite_config):
-  changes = run_directory.config_changes(workdir, config.to_dict())
-  if changes and not overwrite_config:
-    raise ValueError(
-      f'workdir {workdir} holds a run of another config; name another one, or '
-      'pass --overwrite_config to go on there with this one:\n  '
-      + '\n  '.join(changes)
-    )
+  plain = config.to_dict()
   record = run_directory.read_record(workdir)
-  if record and record['finished'] and not changes:
-    _logger.info('%s holds this run, finished; nothing to do.', workdir)
-    return _last_evaluation(writers.read_lines(workdir))
-  experiment = experiments.make_experiment(config)
-  # Process 0 changes the files when every process has looked at them.
-  distributed.wait_for_all('workdir is checked')
-  if distributed.is_main():
-    workdir.mkdir(parents=True, exist_ok=True)
-    run_directory.write_config(workdir, config.to_dict())
-  checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
-  with contextlib.closing(checkpoints):
-    return _Run(experiment, workdir, checkpoints).run()
+  if record and record['finished']:
+    if not run_directory.config_changes(workdir, plain):
+      _logger.info('%s holds this run, finished; nothing to do.', workdir)
+      return _last_evaluation(writers.read_lines(workdir))
+  with _alone_in(workdir):
+    changes = run_directory.config_changes(workdir, plain)
+    if changes and not overwrite_config:
+      raise ValueError(
+        f'workdir {workdir} holds a run of another config; name another one, '
+        'or pass --overwrite_config to go on there with this one:\n  '
+        + '\n  '.join(changes)
+      )
+    experiment = experiments.make_experiment(config)
+    # Process 0 changes the files when every process has looked at them.
+    distributed.wait_for_all('workdir is checked')
+    checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
+    with contextlib.closing(checkpoints):
+      return _Run(experiment, workdir, checkpoints, changes).run()
+
+
+@contextlib.contextmanager
+def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
+  """Process 0 holds the lock of the directory, for all processes."""
+  with contextlib.ExitStack() as stack:
+    refusal = None
+    if distributed.is_main():
+      try:
+        stack.enter_context(lock.hold(workdir))
+      except ValueError as error:
+        refusal = error
+    # The others would wait for a process that has left.
+    if distributed.agree(refusal is not None):
+      raise refusal or ValueError(f'process 0 refuses workdir {workdir}')
+    yield
 
 
 class _Run:
@@ -97,6 +119,7 @@ class _Run:
     experiment: experiments.Experiment,
     workdir: pathlib.Path,
     checkpoints: checkpoint.Checkpoints,
+    changes: list[str],
   ):
     self._experiment = experiment
     self._config = experiment.config
@@ -106,30 +129,34 @@ class _Run:
     restored = checkpoints.restore(fresh)
     self._state, info = restored or (fresh, _AT_START)
     self._step = info['step']
-    self._evaluated = info['evaluated']
+    # Checkpoints of older versions do not hold it.
+    self._evaluation = info.get('evaluation', _AT_START['evaluation'])
+    if restored is not None:
+      self._check_goes_on(info, changes)
+    # A run that ends here, because epochs is less now, is evaluated here.
+    ends_here = self._step == experiment.total_steps
+    self._evaluated = info['evaluated'] and not (
+      ends_here and self._evaluation['step'] != self._step
+    )
     self._clock = progress.Clock(info['wall_time_s'])
-    if self._step > experiment.total_steps:
-      raise ValueError(
-        f'epochs is {self._config.epochs}, which ends at step '
-        f'{experiment.total_steps}, but the checkpoint in {workdir} is of step '
-        f'{self._step}'
-      )
-    if self._step % self._config.steps_per_call:
-      raise ValueError(
-        f'steps_per_call is {self._config.steps_per_call}, which does not '
-        f'divide {self._step}, the step of the checkpoint in {workdir}'
-      )
     # Where and when the window before ended.
     self._mark = (self._step, self._clock.seconds)
     # A window that is full and not yet logged, with its last step.
     self._full: tuple[int, windows.Window] | None = None
-    self._record = self._make_record(resumed=restored is not None)
+    self._record = self._make_record(restored is not None, changes)
+    # Raises if it cannot be read, before anything is written.
+    writers.read_lines(workdir)
     radius.warn_if_too_small(self._config, self._state.train.params['shared'])
 
   def run(self) -> dict[str, float]:
     """Takes the steps that are left."""
     with contextlib.ExitStack() as stack:
       stop = stack.enter_context(stopping.StopRequest())
+      # What may fail at the start comes before the first change of a file.
+      step, seconds = self._experiment.compile_step(self._state)
+      self._record['compile_time_s'] = seconds
+      _logger.info('Compiled in %.1f s.', seconds)
+      self._write_record()
       self._writer = None
       if distributed.is_main():
         self._writer = stack.enter_context(
@@ -141,10 +168,6 @@ class _Run:
             )
           )
         )
-      self._write_record()
-      step, seconds = self._experiment.compile_step(self._state)
-      self._record['compile_time_s'] = seconds
-      _logger.info('Compiled in %.1f s.', seconds)
       self._progress = stack.enter_context(
         progress.Progress(
           self._step,
@@ -168,7 +191,48 @@ class _Run:
         f'{self._step} of {self._experiment.total_steps}; it is saved, and the '
         'same command goes on'
       )
-    return _last_evaluation(writers.read_lines(self._workdir))
+    return self._evaluation['values']
+
+  def _check_goes_on(self, info, changes):
+    """Raises if a checkpoint is of another run than the config's."""
+    config, workdir, step = self._config, self._workdir, self._step
+    other = [x for x in changes if x.startswith(_OF_ONE_RUN)]
+    if other:
+      smaller = any(x.startswith('batch_size:') for x in other)
+      raise ValueError(
+        f'workdir {workdir} holds {step} steps of another run, which this '
+        'config cannot go on with; name another workdir, or remove its '
+        'checkpoints to start anew'
+        + ('; micro_batches saves memory with the same batch' * smaller)
+        + ':\n  '
+        + '\n  '.join(other)
+      )
+    steps_now = self._experiment.steps_per_epoch
+    steps_then = info.get('steps_per_epoch', steps_now)
+    if steps_then != steps_now:
+      raise ValueError(
+        f'an epoch of {config.problem} has {steps_now} steps, but had '
+        f'{steps_then} when the checkpoint in {workdir} was written: the data '
+        'are others'
+      )
+    if step > self._experiment.total_steps:
+      raise ValueError(
+        f'epochs is {config.epochs}, which ends at step '
+        f'{self._experiment.total_steps}, but the checkpoint in {workdir} is '
+        f'of step {step}'
+      )
+    if step % config.steps_per_call:
+      raise ValueError(
+        f'steps_per_call is {config.steps_per_call}, which does not divide '
+        f'{step}, the step of the checkpoint in {workdir}'
+      )
+    untrained = [x for x in changes if not x.startswith(_WITHOUT_TRAINING)]
+    if step == self._experiment.total_steps and untrained:
+      raise ValueError(
+        f'the run in {workdir} is at its last step, {step}: nothing would be '
+        'trained with this config; name another workdir, or set more epochs:'
+        '\n  ' + '\n  '.join(untrained)
+      )
 
   def _take_steps(self, step, stop):
     """Trains to the end, or until asked to stop; tells which."""
@@ -221,6 +285,7 @@ class _Run:
       values = self._experiment.evaluate(self._state.train)
       self._write(self._step, values)
       self._evaluated = True
+      self._evaluation = {'step': self._step, 'values': values}
       self._progress.say(self._describe(values))
       windows.check_evaluation(values, self._step)
 
@@ -235,6 +300,8 @@ class _Run:
         'step': self._step,
         'wall_time_s': self._clock.seconds,
         'evaluated': self._evaluated,
+        'evaluation': self._evaluation,
+        'steps_per_epoch': self._experiment.steps_per_epoch,
       }
       if self._step > 0:
         self._checkpoints.save(self._step, self._state, info)
@@ -258,12 +325,11 @@ class _Run:
     epoch = self._step / self._experiment.steps_per_epoch
     return f'epoch {epoch:.4g}, step {self._step}, test: {", ".join(scores)}'
 
-  def _make_record(self, *, resumed):
+  def _make_record(self, resumed, changes):
     config, experiment = self._config, self._experiment
     record = run_directory.make_record(
       experiment.problem,
-      method=config.method.name,
-      seed=config.seed,
+      config.to_dict(),
       num_parameters=sum(
         x.size for x in jax.tree.leaves(self._state.train.params)
       ),
@@ -272,6 +338,9 @@ class _Run:
     before = run_directory.read_record(self._workdir)
     if resumed and before:
       record['started'] = before['started']
+      record['config_changes'] = before.get('config_changes', [])
+    if resumed and changes:
+      record['config_changes'] += [{'step': self._step, 'changes': changes}]
     record['wall_time_s'] = self._clock.seconds
     _logger.info(
       '%s on %s, seed %d: %d parameters, %d steps in %d epochs, on %d x %s%s',
@@ -293,12 +362,32 @@ class _Run:
 
 
 # What a checkpoint would say of a run that has taken no step.
-_AT_START: dict[str, Any] = {'step': 0, 'wall_time_s': 0.0, 'evaluated': True}
+_AT_START: dict[str, Any] = {
+  'step': 0,
+  'wall_time_s': 0.0,
+  'evaluated': True,
+  'evaluation': {'step': 0, 'values': {}},
+}
+
+# Beginnings of the lines of `config_changes`: what a run cannot change on its
+# way, since it would be reported as a whole under what came last, or would
+# count its epochs by batches of two sizes.
+_OF_ONE_RUN = (
+  *('problem:', 'seed:', 'batch_size:', 'data.kind:', 'data.split:'),
+  *('model.name:', 'model.sharing:'),
+  *('method.name:', 'method.aggregator:', 'method.weighting:'),
+)
+# What may change with no step left to take.
+_WITHOUT_TRAINING = (
+  *('epochs:', 'data.data_dir:', 'data.source_dir:'),
+  *('log_every_steps:', 'checkpoint_every_steps:', 'keep_checkpoints:'),
+)
 
 
 def _last_evaluation(lines):
   for line in reversed(lines):
     values = writers.evaluation(line)
     if values:
-      return values
+      # The log has null where a number is not finite.
+      return {k: math.nan if x is None else x for k, x in values.items()}
   return {}

@@ -1,4 +1,8 @@
-"""`config.json` and `run.json`: what a run directory says about its run."""
+"""`run.json` and `config.json`: what a run directory says about its run.
+
+`run.json` is written whole or not at all and holds the config of what was
+trained. `config.json` is a copy of that config for readers.
+"""
 
 from collections.abc import Mapping
 import datetime
@@ -16,6 +20,29 @@ from mtl_jax import types
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
+# Any file may be called so; ours have these entries.
+_RECORD_ENTRIES = ('problem', 'method', 'seed', 'started', 'finished')
+_CONFIG_ENTRIES = ('problem', 'method', 'model', 'optimizer')
+
+
+def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """The config that a run directory is of, as plain values.
+
+  Args:
+    workdir: the run directory; it need not exist.
+
+  Returns:
+    The config in `run.json`, else that of `config.json`; None if there is
+    neither.
+
+  Raises:
+    ValueError: if one of the files cannot be read or is not a run's.
+  """
+  record = read_record(workdir)
+  if record is not None and 'config' in record:
+    return record['config']
+  return _read(pathlib.Path(workdir) / 'config.json', _CONFIG_ENTRIES)
+
 
 def config_changes(
   workdir: str | os.PathLike[str], config: Mapping[str, Any]
@@ -29,8 +56,11 @@ def config_changes(
   Returns:
     `'key: value there, value now'` for each key that differs; nothing if the
     directory has no config yet.
+
+  Raises:
+    ValueError: see `read_config`.
   """
-  found = _read(pathlib.Path(workdir) / 'config.json')
+  found = read_config(workdir)
   if found is None:
     return []
   # By way of JSON, in which tuples are lists.
@@ -42,30 +72,41 @@ def config_changes(
   ]
 
 
-def write_config(
-  workdir: str | os.PathLike[str], config: Mapping[str, Any]
-) -> None:
-  """Writes `config.json`."""
-  _write(pathlib.Path(workdir) / 'config.json', config)
-
-
 def read_record(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
-  """What `run.json` says; None if there is none."""
-  return _read(pathlib.Path(workdir) / 'run.json')
+  """What `run.json` says; None if there is none.
+
+  Args:
+    workdir: the run directory; it need not exist.
+
+  Returns:
+    The record.
+
+  Raises:
+    ValueError: if the file cannot be read or is not a run's.
+  """
+  return _read(pathlib.Path(workdir) / 'run.json', _RECORD_ENTRIES)
 
 
 def write_record(
   workdir: str | os.PathLike[str], record: Mapping[str, Any]
 ) -> None:
-  """Writes `run.json`."""
-  _write(pathlib.Path(workdir) / 'run.json', record)
+  """Writes `run.json`, and then `config.json` if that is another's.
+
+  Args:
+    workdir: the run directory.
+    record: the record, with the config.
+  """
+  _replace(pathlib.Path(workdir) / 'run.json', _dump(record))
+  path = pathlib.Path(workdir) / 'config.json'
+  text = _dump(record['config'], sort_keys=True)
+  if not path.exists() or path.read_text() != text:
+    _replace(path, text)
 
 
 def make_record(
   problem: types.Problem,
+  config: Mapping[str, Any],
   *,
-  method: str,
-  seed: int,
   num_parameters: int,
   steps: int,
 ) -> dict[str, Any]:
@@ -73,8 +114,7 @@ def make_record(
 
   Args:
     problem: the problem.
-    method: name of the method.
-    seed: seed of the run.
+    config: the config as plain values.
     num_parameters: number of parameters of all tasks together.
     steps: number of steps of the whole run.
 
@@ -83,8 +123,8 @@ def make_record(
   """
   return {
     'problem': problem.name,
-    'method': method,
-    'seed': seed,
+    'method': config['method']['name'],
+    'seed': config['seed'],
     'tasks': list(problem.task_names),
     'metrics': {
       f'{task.name}/{metric.name}': {
@@ -109,6 +149,9 @@ def make_record(
     'steps': steps,
     'wall_time_s': 0.0,
     'compile_time_s': 0.0,
+    # Where the run went on with another config, and what differed.
+    'config_changes': [],
+    'config': config,
   }
 
 
@@ -140,21 +183,33 @@ def _commit() -> str | None:
     return None
 
 
-def _read(path):
-  if not path.exists():
-    return None
+def _read(path, entries):
   try:
-    return json.loads(path.read_bytes())
+    value = json.loads(path.read_bytes())
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except OSError as error:
+    raise ValueError(f'{path} cannot be read: {error.strerror}') from None
   except ValueError as error:
     raise ValueError(f'{path} is not valid JSON: {error}') from None
+  missing = [
+    x for x in entries if not isinstance(value, dict) or x not in value
+  ]
+  if missing:
+    raise ValueError(
+      f'{path} is not of a run of mtl_jax: it has no entry {missing[0]!r}'
+    )
+  return value
 
 
-def _write(path, value):
+def _dump(value, **options):
+  return json.dumps(value, indent=2, **options) + '\n'
+
+
+def _replace(path, text):
   # As a whole or not at all: other processes read it.
   temporary = path.with_name(path.name + '.new')
-  temporary.write_text(
-    json.dumps(value, indent=2, sort_keys=path.name == 'config.json') + '\n'
-  )
+  temporary.write_text(text)
   temporary.replace(path)
 
 

@@ -46,8 +46,9 @@ def _job(root, name, act):
 
 
 def _finish(job, **config):
-  (job.workdir / 'run.json').write_text(json.dumps({'finished': 'today'}))
-  (job.workdir / 'config.json').write_text(json.dumps({**job.config, **config}))
+  record = dict.fromkeys(('problem', 'method', 'seed', 'started'))
+  record |= {'finished': 'today', 'config': {**job.config, **config}}
+  (job.workdir / 'run.json').write_text(json.dumps(record))
 
 
 def test_jobs_are_seeds_times_methods_in_folders_of_their_own(tmp_path):

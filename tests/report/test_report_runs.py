@@ -103,6 +103,33 @@ def test_a_missing_entry_of_the_record_is_named(write_run):
     read_run(path.parent)
 
 
+def test_a_run_is_of_the_config_in_its_record_not_of_config_json(write_run):
+  directory = write_run('cagrad', 0, _SCORES)
+  record = json.loads((directory / 'run.json').read_text())
+  trained = {'method': {'name': 'cagrad', 'c': 0.4}}
+  other = {'method': {'name': 'linear', 'c': 0.5}}
+  (directory / 'config.json').write_text(json.dumps(other))
+  # Of an older run, of which the record has no config.
+  with pytest.raises(ValueError, match=r"'cagrad'.*config is of 'linear'"):
+    read_run(directory)
+  (directory / 'run.json').write_text(json.dumps({**record, 'config': trained}))
+  assert read_run(directory).config == flatten(trained)
+
+
+def test_scores_from_before_a_change_of_the_config_do_not_count(
+  write_run, tmp_path
+):
+  scores = {'a': [0.9, 0.6], 'b': [0.9, 0.8]}
+  changes = [{'step': 10, 'changes': ['optimizer.clip: null there, 1.0 now']}]
+  write_run('stl', 0, scores, config_changes=changes)
+  longer = [{'step': 10, 'changes': ['epochs: 1 there, 2 now']}]
+  write_run('stl', 1, scores, config_changes=longer)
+  (changed, same), (note,) = read_runs([tmp_path])
+  assert [line['step'] for line in changed.evaluations] == [20]
+  assert [line['step'] for line in same.evaluations] == [10, 20]
+  assert 'from step 10 on optimizer.clip: null there, 1.0 now' in note
+
+
 def test_one_method_and_seed_twice_with_one_config_names_both(
   write_run, tmp_path
 ):

@@ -22,6 +22,7 @@ from mtl_jax import problems
 from mtl_jax.train import checkpoint
 from mtl_jax.train import experiment as experiments
 from mtl_jax.train import loop
+from mtl_jax.train import run_directory
 from mtl_jax.train import step as steps
 from mtl_jax.train import stopping
 from mtl_jax.train import window as windows
@@ -259,12 +260,86 @@ def test_workdir_of_another_config_is_refused_naming_the_key(reference):
     loop.train(config, reference)
 
 
+_FILES = ('config.json', 'run.json', 'metrics.jsonl')
+
+
+def test_start_that_fails_leaves_the_run_as_it_was(
+  reference, tmp_path, monkeypatch
+):
+  workdir = pathlib.Path(shutil.copytree(reference, tmp_path / 'run'))
+  before = {name: (workdir / name).read_bytes() for name in _FILES}
+  other = _config('f_linear')
+  slower = _config()
+  slower.optimizer.learning_rate = 1e-4
+
+  def fail(self, state):
+    raise RuntimeError('out of memory')
+
+  with monkeypatch.context() as patch:
+    # The last thing that may fail.
+    patch.setattr(experiments.Experiment, 'compile_step', fail)
+    for config, message in (
+      (other, 'is not of this config'),
+      (slower, r'at its last step, 128: .*\n  optimizer.learning_rate: 0.001'),
+      (_config(batch_size=8, epochs=1), 'holds 128 steps of another run.*'),
+      (_config(epochs=3), 'out of memory'),
+    ):
+      with pytest.raises((ValueError, RuntimeError), match=message):
+        loop.train(config, workdir, overwrite_config=True)
+  assert {name: (workdir / name).read_bytes() for name in _FILES} == before
+  with pytest.raises(ValueError, match='holds a run of another config'):
+    loop.train(other, workdir)
+  lines = _lines(workdir)
+  assert loop.train(_config(), workdir).items() <= lines[-1].items()
+
+
+def test_evaluation_is_returned_as_it_was_made_not_as_the_log_has_it(
+  reference, tmp_path
+):
+  # As killed after its last checkpoint, while somebody else wrote to the log.
+  workdir = pathlib.Path(shutil.copytree(reference, tmp_path / 'run'))
+  record = json.loads((workdir / 'run.json').read_text())
+  (workdir / 'run.json').write_text(json.dumps({**record, 'finished': None}))
+  *lines, last = _lines(workdir)
+  name = 'test/task_1/accuracy'
+  lines.append({**last, name: 0.5})
+  (workdir / 'metrics.jsonl').write_text(
+    ''.join(json.dumps(line) + '\n' for line in lines)
+  )
+  assert loop.train(_config(), workdir)[name] == last[name] != 0.5
+  assert json.loads((workdir / 'run.json').read_text())['finished']
+
+
+def test_run_is_of_the_config_it_was_trained_with_whatever_config_json_says(
+  reference, tmp_path
+):
+  trained, other = _config().to_dict(), _config('f_linear').to_dict()
+  shutil.copy(reference / 'run.json', tmp_path)
+  (tmp_path / 'config.json').write_text(json.dumps(other))
+  assert not run_directory.config_changes(tmp_path, trained)
+  assert 'method.name: "f_cagrad" there, "f_linear" now' in (
+    run_directory.config_changes(tmp_path, other)
+  )
+
+
+@pytest.mark.parametrize('name', ['config.json', 'run.json'])
+@pytest.mark.parametrize('text', ['{"name": "a package"}', '[1]'])
+def test_file_of_another_tool_is_named(tmp_path, name, text):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(ValueError, match=f'{tmp_path / name} is not of a run'):
+    loop.train(_config(), tmp_path, overwrite_config=True)
+  assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 def test_overwrite_config_goes_on_with_the_other_config(reference, tmp_path):
   workdir = pathlib.Path(shutil.copytree(reference, tmp_path / 'run'))
   loop.train(_config(epochs=3), workdir, overwrite_config=True)
   assert _numbers(workdir)[: len(_numbers(reference))] == _numbers(reference)
   assert _lines(workdir)[-1]['step'] == 192
   assert json.loads((workdir / 'config.json').read_text())['epochs'] == 3
+  assert json.loads((workdir / 'run.json').read_text())['config_changes'] == [
+    {'step': 128, 'changes': ['epochs: 2 there, 3 now']}
+  ]
   with pytest.raises(ValueError, match=r'epochs is 1, .* is of step 192'):
     loop.train(_config(epochs=1), workdir, overwrite_config=True)
 
