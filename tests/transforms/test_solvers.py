@@ -263,6 +263,60 @@ def test_cagrad_is_the_best_of_its_ball_with_more_tasks_than_dimensions():
     )
 
 
+def _opposed(off):
+  """Pairs of gradients, `off` from opposed; every other of like lengths."""
+  rng = np.random.default_rng(0)
+  J = rng.standard_normal((12, 2, 6))
+  J[:, 1] = off * J[:, 1] - J[:, 0]
+  lengths = 10.0 ** rng.uniform(-1, 1, (12, 2, 1))
+  lengths[::2, 1] = lengths[::2, 0] * rng.uniform(0.9, 1.1, (6, 1))
+  return list((lengths * J).astype(np.float32).astype(np.float64))
+
+
+def test_cagrad_of_two_opposed_tasks_is_the_best_of_a_ball_that_holds_zero():
+  names = [
+    (off, i, c)
+    for off in (1e-6, 1e-4, 1e-3, 1e-2, 1)
+    for i in range(12)
+    for c in (1.0, 2.0)
+  ]
+  problems = [(_opposed(off)[i], c) for off, i, c in names]
+  for name, (J, c), (found, multiplier) in zip(
+    names, problems, _averse(problems), strict=True
+  ):
+    _assert_on_simplex(found.weights, name)
+    assert found.residual <= 1e-4, name
+    mean = J.mean(axis=0)
+    direction = mean + multiplier * found.weights @ J
+    radius = c * np.linalg.norm(mean)
+    assert np.linalg.norm(direction - mean) <= 1.01 * radius, name
+    best = (J @ references.conflict_averse_direction(J, c)).min()
+    lengths = np.linalg.norm(J, axis=1)
+    # Rounding, and what is given up of the direction across both gradients.
+    slack = 1e-4 * lengths.max() + 5e-4 * lengths.min()
+    assert (J @ direction).min() >= best - slack * radius, name
+
+
+def test_cagrad_of_two_opposed_tasks_by_hand():
+  # Zero is the best for both of the first two; the mean is -0.5 for the worst
+  # of the first. Both of the third gain by a step across, whose length float32
+  # does not quite see.
+  problems = [
+    (np.array([[1.0, 0], [-2, 0]]), 2.0),
+    (np.array([[0.66, 0], [-0.64, 0]]), 1.0),
+    (np.array([[1.0, 0], [-2, 0.001]]), 2.0),
+  ]
+  zero, also_zero, across = (
+    J.mean(axis=0) + multiplier * found.weights @ J
+    for (J, _), (found, multiplier) in zip(
+      problems, _averse(problems), strict=True
+    )
+  )
+  np.testing.assert_allclose(zero, 0, atol=1e-4)
+  np.testing.assert_allclose(also_zero, 0, atol=1e-6)
+  assert (problems[2][0] @ across).min() > 0
+
+
 DEGENERATE = {
   'duplicates': [[1, 2, 3], [1, 2, 3], [-1, 1, 1]],
   'opposed': [[1, 2, 3], [-1, -2, -3], [1, 0, 0]],

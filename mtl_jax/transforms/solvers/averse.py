@@ -8,6 +8,10 @@ from mtl_jax.transforms.solvers import simplex
 
 # A shorter sum of gradients, in units of the shortest of them, is rounding.
 _SHORTEST = 1e-3
+# The same for two opposed gradients from c = 1 on. Below it the best worst gain
+# falls short by up to a quarter of this, in units of the ball's radius and the
+# shortest gradient; above it rounding of the weights would do as much.
+_SHORTEST_OF_TWO = 2e-3
 # Newton's result is taken below this residual; bisection halves the logarithm
 # of the multiplier this often.
 _CONVERGED = 1e-5
@@ -19,16 +23,33 @@ def _root(x: jax.Array) -> jax.Array:
   return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
-def _multiplier(v: jax.Array, cos: jax.Array, c: float) -> jax.Array:
-  """The quotient c / |g_w|, with g_w in units of the shortest gradient."""
+def _multiplier(
+  v: jax.Array, cos: jax.Array, c: float, length: jax.Array | None = None
+) -> jax.Array:
+  """The quotient c / |g_w|, with g_w in units of the shortest gradient.
+
+  Args:
+    v: [T].
+    cos: [T, T].
+    c: scalar.
+    length: |g_w| where it is known better than the product of v tells; NaN
+      where it is not.
+
+  Returns:
+    Scalar, with the derivative of the product in either case.
+  """
   total = jnp.maximum(jnp.sum(v), jnp.finfo(v.dtype).tiny)
   unit = v / total
-  return c / jnp.maximum(total * _root(unit @ cos @ unit), _SHORTEST)
+  norm = jnp.maximum(total * _root(unit @ cos @ unit), _SHORTEST)
+  if length is not None:
+    better = length + (norm - jax.lax.stop_gradient(norm))
+    norm = jnp.where(jnp.isnan(length), norm, better)
+  return c / norm
 
 
-def _residual(v, cos, tilt, a, c) -> jax.Array:
+def _residual(v, cos, tilt, a, c, length=None) -> jax.Array:
   """How far a slope lies below its share of the weighted mean of all."""
-  slopes = tilt + _multiplier(v, cos, c) * (cos @ v)
+  slopes = tilt + _multiplier(v, cos, c, length) * (cos @ v)
   # a v = w: a task of length |g| may lie below the level by its share of it.
   shortfall = jnp.where(a > 0, v @ slopes * a - slopes, 0)
   return jnp.maximum(jnp.max(shortfall), 0) / (1 + c)
@@ -123,7 +144,9 @@ def conflict_averse(
     lies below the weighted mean of all derivatives, relative to |g_0| times the
     task's length times (1 + c)), and the multiplier. In closed form for two
     tasks. A :math:`g_w` shorter than a thousandth of the shortest gradient is
-    rounding and counts as that long: the direction is then inside the ball.
+    rounding and counts as that long: the direction is then inside the ball. For
+    two tasks and c from 1 on it is the line through both gradients whose
+    distance from zero counts as two thousandths at least.
   """
   lengths, cos, usable = simplex.cosines(gram, active)
   size = gram.shape[0]
@@ -141,20 +164,27 @@ def conflict_averse(
   # In v = w |g| / shortest: g_w has the squared length v' C v in units of the
   # shortest gradient, and the function is tilt . v + c sqrt(v' C v).
   still = jax.lax.stop_gradient((cos, tilt, a))
+  length = None
   if size == 1:
     v = usable.astype(gram.dtype)
   elif size == 2:
-    weights = simplex.two_tasks(
-      *jax.lax.stop_gradient((gram, tilt * lengths)), c
+    # From c = 1 on the ball reaches zero, and g_w may vanish at the optimum of
+    # opposed tasks. Its direction is then rounding but for the part along their
+    # difference, which makes them gain the same and has to stay exact.
+    floor = jnp.where(c >= 1, _SHORTEST_OF_TWO * shortest, 0)
+    weights, length = simplex.two_tasks(
+      *jax.lax.stop_gradient((gram, tilt * lengths)), c, floor
     )
+    length = jnp.where(jnp.all(usable) & (c >= 1), length / shortest, jnp.nan)
+    length = jax.lax.stop_gradient(length)
     weights = jnp.where(jnp.all(usable), weights, usable.astype(gram.dtype))
     v = jnp.where(usable, weights / jnp.where(usable, still[2], 1), 0)
   else:
     v = _minimiser(*still, c)
   v = jax.lax.stop_gradient(v)
-  residual = _residual(v, *still, c)
+  residual = _residual(v, *still, c, length)
 
-  mu = _multiplier(v, cos, c)
+  mu = _multiplier(v, cos, c, length)
   slopes = tilt + mu * (cos @ v)
   # Along v the slopes do not change, unless g_w is as short as rounding.
   along = jnp.where(mu < c / _SHORTEST, mu / c, 0) * (cos @ v)
@@ -165,5 +195,5 @@ def conflict_averse(
   scale = longest * mean / jnp.maximum(jnp.sum(active), 1) / shortest
   return (
     gram_based.Solution(weights, jax.lax.stop_gradient(residual)),
-    _multiplier(v, cos, c) * scale,
+    _multiplier(v, cos, c, length) * scale,
   )

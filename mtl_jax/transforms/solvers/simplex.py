@@ -254,7 +254,7 @@ def min_norm(gram: jax.Array, active: jax.Array) -> gram_based.Solution:
   if size == 1:
     v = usable.astype(gram.dtype)
   elif size == 2:
-    found = two_tasks(jax.lax.stop_gradient(gram), None, None)
+    found, _ = two_tasks(jax.lax.stop_gradient(gram), None, None)
     found = jnp.where(jnp.all(usable), found, usable.astype(gram.dtype))
     v = jnp.where(usable, found / jnp.where(usable, still_a, 1), 0)
   else:
@@ -285,12 +285,22 @@ def min_norm(gram: jax.Array, active: jax.Array) -> gram_based.Solution:
   return gram_based.Solution(weights, jax.lax.stop_gradient(residual))
 
 
-def two_tasks(gram, linear, radius) -> jax.Array:
+def two_tasks(gram, linear, radius, floor=0.0) -> tuple[jax.Array, jax.Array]:
   r"""Minimises linear . w + radius |g_w| (or |g_w| alone) for two tasks.
 
   With x the weight of the longer gradient, |g_w|^2 = A (x - m)^2 + h. Without a
   linear part x = m. With it, s = (linear_1 - linear_2) / (radius sqrt A)
   is minus the cosine at the optimum: x = m - s sqrt(h / (A (1 - s^2))).
+
+  Args:
+    gram: [2, 2].
+    linear: [2], or None.
+    radius: scalar, with `linear`.
+    floor: h counts as the square of this at least.
+
+  Returns:
+    w [2] on the simplex, and |g_w| with that h. In this form no rounding is
+    divided by, however short it is.
   """
   # The longer gradient gets the small weight; solving for that one and not for
   # its complement keeps its digits.
@@ -303,13 +313,14 @@ def two_tasks(gram, linear, radius) -> jax.Array:
   )
   width = longer + shorter - 2 * between
   safe = jnp.where(width > 0, width, 1)
-  x = jnp.where(width > 0, (shorter - between) / safe, 0.5)
+  x = middle = jnp.where(width > 0, (shorter - between) / safe, 0.5)
+  # The squared distance of the line through both gradients from zero; the
+  # quotient first, for a squared inner product can leave float32.
+  nearest = (shorter - between) * ((shorter - between) / safe)
+  height = jnp.maximum(shorter - nearest, 0)
+  height = jnp.maximum(height, floor * floor)
   if linear is not None:
     slope = linear[order][0] - linear[order][1]
-    # The squared distance of the line through both gradients from zero; the
-    # quotient first, for a squared inner product can leave float32.
-    nearest = (shorter - between) * ((shorter - between) / safe)
-    height = jnp.maximum(shorter - nearest, 0)
     reach = radius * jnp.sqrt(safe)
     # Where the slope outweighs the norm the optimum is a corner.
     inside = (reach > jnp.abs(slope)) & (width > 0)
@@ -318,4 +329,5 @@ def two_tasks(gram, linear, radius) -> jax.Array:
     corner = jnp.where(slope > 0, 0.0, jnp.where(slope < 0, 1.0, x))
     x = jnp.where(inside, curved, corner)
   x = jnp.clip(x, 0, 1)
-  return jnp.zeros_like(gram[0]).at[order].set(jnp.stack([x, 1 - x]))
+  weights = jnp.zeros_like(gram[0]).at[order].set(jnp.stack([x, 1 - x]))
+  return weights, jnp.sqrt(height + width * (x - middle) ** 2)
