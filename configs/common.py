@@ -56,9 +56,9 @@ def check_known(name: str, known: Collection[str], what: str) -> None:
   """Raises a ValueError that tells the nearest names if `name` is unknown."""
   if name not in known:
     near = difflib.get_close_matches(name, known, cutoff=0.5)
-    hint = f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
+    hint = f'did you mean {" or ".join(map(repr, near))}? ' if near else ''
     raise ValueError(
-      f'unknown {what} {name!r}, expected one of {sorted(known)}{hint}'
+      f'unknown {what} {name!r}; {hint}expected one of {sorted(known)}'
     )
 
 
@@ -73,11 +73,12 @@ def make_config(
   """A config with every field there is; a problem's file changes values."""
   method = dict(method)
   sharing = method.pop('sharing')
-  method['head_scale'] = _optional(str, method['head_scale'])
-  method['clip_shared'] = _optional(float, method['clip_shared'])
+  for key in ('aggregator', 'weighting', 'head_scale'):
+    method[key] = optional(str, method[key])
+  method['clip_shared'] = optional(float, method['clip_shared'])
   if method['flat'] is not None:
     flat = method['flat']
-    method['flat'] = {**flat, 'rho_heads': _optional(float, flat['rho_heads'])}
+    method['flat'] = {**flat, 'rho_heads': optional(float, flat['rho_heads'])}
   return ml_collections.ConfigDict(
     {
       'problem': problem,
@@ -86,8 +87,8 @@ def make_config(
         'kind': 'real',
         # Where the prepared dataset lies, and the raw files it is made from;
         # None is the default of tensorflow-datasets and MTL_JAX_SOURCE_DIR.
-        'data_dir': _optional(str, None),
-        'source_dir': _optional(str, None),
+        'data_dir': optional(str, None),
+        'source_dir': optional(str, None),
         # 'holdout' keeps a validation split out, 'paper' trains on everything.
         'split': 'holdout',
         # Where the training split lies: 'host', or 'device' for one that fits
@@ -101,12 +102,12 @@ def make_config(
         # 'constant', 'cosine' (to zero) or 'step'.
         'schedule': 'constant',
         # Largest global norm of the aggregated gradient; None does not clip.
-        'clip': _optional(float, None),
+        'clip': optional(float, None),
         # Decoupled: no part of the loss, so no part of the perturbation.
         'weight_decay': 0.0,
         # How many steps in a row may be left out because their update is not
         # finite; None leaves none out.
-        'skip_nonfinite': _optional(int, None),
+        'skip_nonfinite': optional(int, None),
       },
       'batch_size': 256,
       'epochs': 1,
@@ -162,8 +163,16 @@ def run_local(
   return config
 
 
-def _optional(kind, value):
-  # A placeholder can be overridden on the command line, a plain None cannot.
+def optional(kind: type, value: Any) -> config_dict.FieldReference:
+  """A field of a config that can be None and overridden on the command line.
+
+  Args:
+    kind: type of its values; `object` takes any literal, a number or a tuple.
+    value: its value, which may be None.
+
+  Returns:
+    The field. A plain None could not be overridden.
+  """
   field = config_dict.placeholder(kind)
   if value is not None:
     field.set(value)

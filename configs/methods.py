@@ -3,7 +3,8 @@
 An entry names a factory in `mtl_jax.transforms`: an `aggregator` of task
 gradients, or a `weighting` of losses, which costs one backward pass (a bilevel
 one a few more). `kwargs` are its arguments, where they are not the factory's
-defaults or worth seeing. `plain` are further ones of the method without `f_`,
+defaults or worth seeing; a config holds all that are numbers, strings, bools or
+tuples. `plain` are further ones of the method without `f_`,
 to which `head_scale` (see `mtl_jax.shared_only`) and `clip_shared`, the largest
 norm of the update's shared part, belong too. `sharing` says whether the tasks
 share a trunk (`'shared'`, the default) or have one each (`'separate'`).
@@ -14,9 +15,13 @@ that the problem's config gives. A weighting then costs a backward pass a task.
 """
 
 from collections.abc import Mapping
+import inspect
+import typing
 from typing import Any
 
 from configs import common
+from mtl_jax import transforms
+from mtl_jax.models import arguments
 
 AGGREGATORS: Mapping[str, Mapping[str, Any]] = {
   # Single-task learning: independent networks, trained side by side. Their
@@ -121,7 +126,10 @@ _FLAT = {
   'norm': 'separate',
   'combine': 'separate',
   'head_scale': 'none',
+  'eps': 1e-12,
 }
+# What the trainer gives, and what says how a program is cut over devices.
+_NOT_OF_A_CONFIG = ('seed', 'num_tasks', 'axis_name', 'shard_axis', 'reduce')
 
 
 def entry(name: str, **flat: Any) -> dict[str, Any]:
@@ -133,26 +141,60 @@ def entry(name: str, **flat: Any) -> dict[str, Any]:
       `combine` and `head_scale`; used by the methods with `f_` only.
 
   Returns:
-    `{'name', 'aggregator', 'weighting', 'kwargs', 'head_scale', 'clip_shared',
-    'flat', 'sharing'}`. One of `aggregator` and `weighting` is None. `flat` is
-    None for a method without `f_`; `head_scale` None means the method's own
-    default, and `clip_shared` None no clip.
+    `{'name', 'stands_for', 'aggregator', 'weighting', 'kwargs', 'head_scale',
+    'clip_shared', 'flat', 'sharing'}`. One of `aggregator` and `weighting` is
+    None. `flat` is None for a method without `f_`; `head_scale` None means the
+    method's own default, and `clip_shared` None no clip. `stands_for` is what
+    the name says of the method, which a run must be of.
 
   Raises:
     ValueError: if there is no such method; it tells the nearest.
   """
   common.check_known(name, NAMES, 'method')
   flat_minima = name.startswith('f_')
-  values = METHODS[name.removeprefix('f_')]
+  base = name.removeprefix('f_')
+  values = METHODS[base]
+  factory = values.get('aggregator') or values['weighting']
+  kwargs = values.get('kwargs', {})
   # What holds without `f_` alone.
   plain = {} if flat_minima else values
   return {
     'name': name,
+    'stands_for': {
+      'name': name,
+      'aggregator': values.get('aggregator'),
+      'weighting': values.get('weighting'),
+      'sharing': values.get('sharing', 'shared'),
+      'flat': flat_minima,
+      # `mgda_l2` names one of mgda's choices.
+      'kwargs': {
+        key: value
+        for key, value in kwargs.items()
+        if base.endswith(f'_{value}')
+      },
+    },
     'aggregator': values.get('aggregator'),
     'weighting': values.get('weighting'),
-    'kwargs': {**values.get('kwargs', {}), **plain.get('plain', {})},
+    'kwargs': _all_kwargs(factory, {**kwargs, **plain.get('plain', {})}),
     'head_scale': plain.get('head_scale'),
     'clip_shared': plain.get('clip_shared'),
     'flat': {**_FLAT, 'rho_heads': None, **flat} if flat_minima else None,
     'sharing': values.get('sharing', 'shared'),
   }
+
+
+def _all_kwargs(factory, given):
+  """Every argument of a factory that can be written on the command line."""
+  function = getattr(transforms, factory)
+  hints = typing.get_type_hints(function)
+  kwargs = dict(given)
+  for key, parameter in inspect.signature(function).parameters.items():
+    value = given.get(key, parameter.default)
+    if key in _NOT_OF_A_CONFIG or value is parameter.empty:
+      continue
+    held = arguments.plain_default(hints[key], value)
+    if held is not None:
+      kind, value = held
+      as_it_is = value is not None and kind is not object
+      kwargs[key] = value if as_it_is else common.optional(kind, value)
+  return kwargs

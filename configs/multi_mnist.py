@@ -37,6 +37,7 @@ _MODELS = {
     'patch_size': 4,
     'width': 384,
     'blocks': 12,
+    'heads': 6,
     'hidden': 1536,
     'remat': 'none',
   },

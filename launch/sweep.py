@@ -22,11 +22,33 @@ import subprocess
 import sys
 import time
 
+
+def _leave(number, frame):
+  del frame
+  os.write(2, f'{signal.Signals(number).name} ended the sweep.\n'.encode())
+  os._exit(128 + number)
+
+
+if __name__ == '__main__':
+  # Before what takes seconds to import.
+  signal.signal(signal.SIGINT, _leave)
+
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 
+from mtl_jax import command_line  # noqa: E402
+
+if __name__ == '__main__':
+  command_line.start()
+
 from mtl_jax import main as mtl_main  # noqa: E402
 from mtl_jax.train import run_directory  # noqa: E402
+
+# How a run ends that a signal stopped: all is saved, or nothing was to save.
+_STOPPED = (
+  mtl_main.EXIT_INTERRUPTED,
+  *(sign for x in (signal.SIGINT, signal.SIGTERM) for sign in (-x, 128 + x)),
+)
 
 
 @dataclasses.dataclass
@@ -55,8 +77,18 @@ class Job:
       and not run_directory.config_changes(self.workdir, self.config)
     )
 
+  @property
+  def last_words(self) -> str:
+    """The last line of the log, which says why a run failed."""
+    lines = self.log.read_text(errors='replace').splitlines()
+    return next((line for line in reversed(lines) if line.strip()), '')
+
   def start(self, environment: dict[str, str]) -> None:
-    """Starts the process; its output is appended to the log."""
+    """Starts the process; its output is appended to the log.
+
+    Raises:
+      OSError: if the log cannot be written.
+    """
     self.workdir.mkdir(parents=True, exist_ok=True)
     self.began = time.monotonic()
     with self.log.open('ab') as log:
@@ -148,10 +180,14 @@ class Sweep:
       if len(self._running) >= self._parallel:
         return
       job = self._waiting.pop(0)
-      if job.finished:
-        self._tell(job, 'finished before')
+      try:
+        if job.finished:
+          self._tell(job, 'finished before')
+          continue
+        job.start({**os.environ, 'PYTHONPATH': _python_path()})
+      except (ValueError, OSError) as error:
+        self._fail(job, f'FAILED to start: {error}')
         continue
-      job.start({**os.environ, 'PYTHONPATH': _python_path()})
       self._running.append(job)
 
   def _collect(self):
@@ -164,11 +200,14 @@ class Sweep:
       seconds = time.monotonic() - job.began
       if status == 0:
         self._tell(job, f'finished in {seconds:.0f} s')
-      elif status == mtl_main.EXIT_INTERRUPTED and self._stopping:
+      elif status in _STOPPED and self._stopping:
         self._tell(job, f'stopped after {seconds:.0f} s')
       else:
-        self._failed.append(job)
-        self._tell(job, f'FAILED with status {status}')
+        self._fail(job, f'FAILED with status {status}: {job.last_words}')
+
+  def _fail(self, job, how):
+    self._failed.append(job)
+    self._tell(job, how)
 
   def _tell(self, job, what):
     self._done += 1
@@ -210,6 +249,15 @@ def _python_path():
   )
 
 
+def _integers(flag, text):
+  try:
+    return [int(part) for part in text.split(',')]
+  except ValueError:
+    raise ValueError(
+      f'{flag} must be integers parted by commas, got {text!r}'
+    ) from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line; returns the exit status."""
   parser = argparse.ArgumentParser(
@@ -228,16 +276,27 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   argv = list(sys.argv[1:] if argv is None else argv)
   cut = argv.index('--') if '--' in argv else len(argv)
-  args = parser.parse_args(argv[:cut])
+  args, unknown = parser.parse_known_args(argv[:cut])
+  if unknown:
+    print(
+      f'error: unknown arguments: {" ".join(unknown)}; arguments of the runs, '
+      'such as --config.epochs=3, come after --',
+      file=sys.stderr,
+    )
+    return 1
   if args.jobs is not None and args.jobs < 1:
     parser.error(f'--jobs must be positive, got {args.jobs}')
   try:
-    seeds = [int(seed) for seed in args.seeds.split(',')]
     jobs = make_jobs(
-      args.config, args.methods.split(','), seeds, args.root, argv[cut + 1 :]
+      args.config,
+      args.methods.split(','),
+      _integers('--seeds', args.seeds),
+      args.root,
+      argv[cut + 1 :],
     )
   except ValueError as error:
-    parser.error(str(error))
+    print(f'error: {error}', file=sys.stderr)
+    return 1
   return Sweep(jobs, args.jobs or default_jobs()).run()
 
 

@@ -5,6 +5,7 @@ task gradients they work on. Everything else (`mtl_jax.data`, `.models`,
 `.problems`, `.train`, ...) is imported by its own name.
 """
 
+from mtl_jax import command_line as command_line  # Before what takes seconds.
 from mtl_jax import transforms
 from mtl_jax.feature_updates import feature_update
 from mtl_jax.feature_updates import FeatureUpdate

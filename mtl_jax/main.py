@@ -4,8 +4,9 @@ python -m mtl_jax.main --config=configs/multi_mnist.py:method=f_cagrad \
   --workdir=DIR [--config.optimizer.learning_rate=3e-4 ...]
 
 Ends with 0 when the run is finished, with 75 ("try again") when a signal
-stopped it and all is saved, and with another number after an error. `-v 1`
-shows where in the code an error comes from.
+stopped it and all is saved, with 130 (Ctrl-C) or 143 (SIGTERM) when a signal
+came before there was anything to save, and with 1 after an error. `-v 1` shows
+where in the code an error comes from.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import importlib.util
 import logging
 import pathlib
 import re
+import signal
 import sys
 
 from absl import app
@@ -23,6 +25,7 @@ import jax
 import ml_collections
 from ml_collections import config_flags
 
+from mtl_jax import command_line
 from mtl_jax.train import distributed
 from mtl_jax.train import loop
 from mtl_jax.train import stopping
@@ -75,11 +78,20 @@ def load_config(
     The config, locked.
 
   Raises:
-    ValueError: if there is no such file, the file finds fault with its
-      arguments, a key is unknown (tells the nearest) or a value unfit.
+    ValueError: if there is no such file, it is no config or finds fault with
+      its arguments, a key is unknown (tells the nearest) or a value unfit.
   """
+  config = _read_config(argument)
+  _override(config, overrides)
+  return config
+
+
+def _read_config(argument):
+  """What the file of a config returns, locked."""
   path, _, arguments = argument.partition(':')
-  if not pathlib.Path(path).is_file():
+  if not pathlib.Path(path).exists():
+    raise ValueError(f'config: no such file: {path!r}')
+  if not path.endswith('.py') or not pathlib.Path(path).is_file():
     raise ValueError(f'config must be a Python file, got {path!r}')
   # Configs import what they share from the folder above them.
   root = str(pathlib.Path(path).resolve().parent.parent)
@@ -87,18 +99,37 @@ def load_config(
     sys.path.append(root)
   spec = importlib.util.spec_from_file_location('config', path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(arguments).lock()
-  check_overrides(config, overrides)
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_dict(
-    'config', config, flag_values=values, sys_argv=['', *overrides]
-  )
   try:
-    values(['', *overrides])
+    spec.loader.exec_module(module)
+  except SyntaxError as error:
+    raise ValueError(
+      f'config {path!r} is no Python: {error.msg} in line {error.lineno} of '
+      f'{error.filename}'
+    ) from None
+  except ImportError as error:
+    raise ValueError(f'config {path!r} cannot be imported: {error}') from error
+  if not callable(getattr(module, 'get_config', None)):
+    raise ValueError(f'config {path!r} has no function get_config')
+  config = module.get_config(arguments)
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(
+      f'get_config of {path!r} must return a ConfigDict, got '
+      f'{type(config).__name__}'
+    )
+  return config.lock()
+
+
+def _override(config, argv, *, known_only=False):
+  """Sets in a config what a command line says of it."""
+  check_overrides(config, argv)
+  values = flags.FlagValues()
+  try:
+    config_flags.DEFINE_config_dict(
+      'config', config, flag_values=values, sys_argv=['', *argv]
+    )
+    values(['', *argv], known_only=known_only)
   except flags.Error as error:
     raise ValueError(str(error)) from None
-  return values.config
 
 
 def check_overrides(
@@ -129,6 +160,29 @@ def check_overrides(
       node, path = node[part], f'{path}.{part}'
 
 
+def _check_flags(config, argv):
+  """Raises if a flag is a key of the config without `config.`."""
+  paths = list(_paths(config))
+  for argument in argv:
+    match = re.match(r'--?(?:no)?([a-z]\w*(?:\.\w+)*)', argument)
+    if argument == '--':
+      return
+    if not match or match[1].startswith('config.') or match[1] in flags.FLAGS:
+      continue
+    meant = [x for x in paths if f'.{x}'.endswith(f'.{match[1]}')]
+    if meant:
+      hint = ' or '.join(f'--config.{path}' for path in meant)
+      raise ValueError(f'unknown flag --{match[1]}; did you mean {hint}?')
+
+
+def _paths(config, prefix=''):
+  """The keys of a config, joined by dots."""
+  for key in config:
+    yield f'{prefix}{key}'
+    if isinstance(config[key], ml_collections.ConfigDict):
+      yield from _paths(config[key], f'{prefix}{key}.')
+
+
 def parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses the command line; says plainly what is wrong with a config."""
   early = flags.FlagValues()
@@ -136,7 +190,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
   rest = early(argv, known_only=True)
   try:
     if early.config:
-      check_overrides(load_config(early.config), rest)
+      config = _read_config(early.config)
+      _check_flags(config, rest[1:])
+      _override(config, rest[1:], known_only=True)
   except ValueError as error:
     sys.exit(f'error: {error}')
   return app.parse_flags_with_usage(argv)
@@ -161,29 +217,31 @@ def keep_compilations(directory: str) -> None:
 def main(argv: Sequence[str]) -> None:
   """Starts JAX as the flags say and calls the loop."""
   if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+    sys.exit(f'error: arguments begin with --, got {" ".join(argv[1:])}')
   if not flags.FLAGS['verbosity'].present:
     # Our own messages, without the libraries' chatter.
     absl.logging.set_verbosity(absl.logging.WARNING)
     logging.getLogger('mtl_jax').setLevel(logging.INFO)
   given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   try:
-    if _DISTRIBUTED.value or any(x is not None for x in given):
-      distributed.initialize(*given, timeout_s=_TIMEOUT.value)
-    if _COMPILATION_CACHE.value:
-      keep_compilations(_COMPILATION_CACHE.value)
-    metrics = loop.train(
-      _CONFIG.value, _WORKDIR.value, overwrite_config=_OVERWRITE_CONFIG.value
-    )
+    with command_line.tidy_end():
+      if _DISTRIBUTED.value or any(x is not None for x in given):
+        distributed.initialize(*given, timeout_s=_TIMEOUT.value)
+      if _COMPILATION_CACHE.value:
+        keep_compilations(_COMPILATION_CACHE.value)
+      metrics = loop.train(
+        _CONFIG.value, _WORKDIR.value, overwrite_config=_OVERWRITE_CONFIG.value
+      )
+  except KeyboardInterrupt:
+    print('SIGINT ended the program.', file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
   except stopping.Interrupted as interruption:
     print(interruption, file=sys.stderr)
     sys.exit(EXIT_INTERRUPTED)
   except (
     # What a user can mend, with a message that says how.
     ValueError,
-    FileNotFoundError,
-    ConnectionError,
-    TimeoutError,
+    OSError,
     window.NonFiniteLossError,
   ) as error:
     logging.debug('The error comes from:', exc_info=True)

@@ -6,17 +6,19 @@ python -m mtl_jax.predict --workdir=DIR [--out=FILE.png] [--num_images=24] \
 
 import argparse
 from collections.abc import Sequence
-import json
 import pathlib
 import sys
 
+import absl.logging
 import jax
 import ml_collections
 import numpy as np
 
 from mtl_jax import types
 from mtl_jax.train import checkpoint
+from mtl_jax.train import checks
 from mtl_jax.train import experiment as experiments
+from mtl_jax.train import run_directory
 from mtl_jax.train import step as steps
 
 _COLUMNS = 6
@@ -34,12 +36,17 @@ def restore(
     The experiment and its state.
 
   Raises:
-    ValueError: if there is no run or no checkpoint in `workdir`.
+    ValueError: if there is no run or no checkpoint in `workdir`, or what is
+      there cannot be read.
   """
-  path = workdir / 'config.json'
-  if not path.is_file():
-    raise ValueError(f'workdir {workdir} holds no run: there is no {path}')
-  config = ml_collections.ConfigDict(json.loads(path.read_text()))
+  values = run_directory.read_config(workdir)
+  if values is None:
+    raise ValueError(f'workdir {workdir} holds no run: there is no config.json')
+  config = ml_collections.ConfigDict(values)
+  try:
+    checks.check_config(config)
+  except ValueError as error:
+    raise ValueError(f'the config of the run in {workdir}: {error}') from None
   # What the run was trained on need not be here.
   config.parallel.update(parameters='replicated', task_devices=1)
   config.data.placement = 'host'
@@ -151,6 +158,20 @@ def draw(batch: types.Batch, classes: dict[str, np.ndarray], title: str):
   return figure
 
 
+def _check_out(out):
+  """Raises if no picture can be written there."""
+  from matplotlib import backend_bases
+
+  kinds = backend_bases.FigureCanvasBase.get_supported_filetypes()
+  # Without a suffix matplotlib adds that of its default, `.png`.
+  if out.suffix and out.suffix[1:].lower() not in kinds:
+    raise ValueError(
+      f'--out must end in one of {sorted(kinds)}, got {str(out)!r}'
+    )
+  if not out.parent.is_dir():
+    raise ValueError(f'--out: there is no folder {str(out.parent)!r}')
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -161,11 +182,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
   args = parser.parse_args(arguments)
   if args.num_images < 1:
     parser.error(f'--num_images must be positive, got {args.num_images}')
+  # Libraries show the tracebacks of what they read in vain.
+  absl.logging.set_verbosity(absl.logging.FATAL)
   try:
-    experiment, state = restore(args.workdir)
-  except ValueError as error:
+    return _main(args)
+  except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
-    return 2
+    return 1
+
+
+def _main(args):
+  out = args.out or args.workdir / 'predictions.png'
+  if args.out:
+    _check_out(out)
+  experiment, state = restore(args.workdir)
   source = experiment.sources['test']
   # Wrong ones are looked for among the first thousand.
   batch = source.__getitems__(np.arange(min(len(source), 1000)))
@@ -175,7 +205,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if not len(chosen):
     print('Every prediction is right; nothing to show.')
     return 0
-  out = args.out or args.workdir / 'predictions.png'
   config = experiment.config
   title = (
     f'{config.method.name} on {config.problem}, test images after step '

@@ -1,5 +1,6 @@
 """Configs say what they stand for, and wrong words get the right ones."""
 
+import inspect
 import pathlib
 
 import pytest
@@ -11,6 +12,7 @@ from configs import multi_mnist
 from mtl_jax import models
 from mtl_jax import problems
 from mtl_jax import transforms
+from mtl_jax.train import checks
 from mtl_jax.train import optimizer
 
 _CONFIGS = {'multi_digits': multi_digits, 'multi_mnist': multi_mnist}
@@ -39,6 +41,73 @@ def test_every_method_of_every_config_can_be_built(config, name):
   assert values.method.name == name
 
 
+# Arguments that no text of a command line stands for, and those of the trainer.
+_NO_KEY = {
+  *('seed', 'num_tasks', 'axis_name', 'shard_axis', 'reduce'),
+  *('optimizer', 'aggregator', 'kpi', 'steps_per_epoch'),
+}
+
+
+@pytest.mark.parametrize('name', methods.METHODS)
+def test_config_holds_every_argument_at_the_factorys_default(name):
+  config = multi_digits.get_config(f'method={name}').method
+  factory = getattr(transforms, config.aggregator or config.weighting)
+  parameters = inspect.signature(factory).parameters
+  assert set(config.kwargs) == set(parameters) - _NO_KEY
+  entry = methods.METHODS[name]
+  told = {**entry.get('kwargs', {}), **entry.get('plain', {})}
+  for key, value in config.kwargs.items():
+    default = told.get(key, parameters[key].default)
+    assert value == default and type(value) is type(default)
+
+
+@pytest.mark.parametrize(
+  ('name', 'change', 'message'),
+  [
+    ('cagrad', {'name': 'pcgrad'}, "name is 'pcgrad', where method=cagrad"),
+    ('cagrad', {'name': 'f_cagrad'}, "name is 'f_cagrad'"),
+    ('cagrad', {'aggregator': 'pcgrad'}, "aggregator is 'pcgrad'"),
+    ('cagrad', {'weighting': 'dwa'}, "weighting is 'dwa'"),
+    ('f_cagrad', {'flat': None}, 'flat is False'),
+    ('mgda_l2', {'kwargs': {'normalization': 'loss'}}, "'normalization': 'l2'"),
+    ('stl', {'sharing': 'shared'}, "model.sharing is 'shared'"),
+  ],
+)
+def test_run_that_is_not_of_the_method_it_is_called_by_is_refused(
+  name, change, message
+):
+  config = multi_digits.get_config(f'method={name}').unlock()
+  checks.check_config(config)
+  part = config.model if 'sharing' in change else config.method
+  for key, value in change.items():
+    part[key] = value
+  with pytest.raises(ValueError, match=message):
+    checks.check_config(config)
+
+
+def test_config_has_the_entries_that_are_asked_of_one():
+  config = multi_digits.get_config()
+  checks.check_config(config)
+  for group, entries in checks.ENTRIES.items():
+    own = set(config[group]) if group else set(config)
+    # Own configs may do without these.
+    assert own - {'stands_for', 'clip_shared'} == set(entries)
+  with config.unlocked():
+    del config.parallel['batch_norm']
+  with pytest.raises(ValueError, match=r"no entry 'parallel\.batch_norm'"):
+    checks.check_config(config)
+
+
+def test_seed_that_jax_cannot_take_is_refused():
+  config = multi_digits.get_config()
+  config.seed = 2**63 - 1
+  checks.check_config(config)
+  for seed in (2**63, 99999999999999999999, -1):
+    config.seed = seed
+    with pytest.raises(ValueError, match=rf'seed must be .* got {seed}'):
+      checks.check_config(config)
+
+
 def test_every_method_of_the_package_has_an_entry():
   # Factories whose first words are methods of the literature.
   in_package = {name for name in transforms.__all__ if name.islower()}
@@ -54,7 +123,7 @@ def test_method_of_degree_zero_has_none_of_it_inside_flat_minima(name):
   plain, flat = methods.entry(name), methods.entry(f'f_{name}')
   assert plain['kwargs']['scale'] == 'paper'
   assert plain['head_scale'] == 'weights'
-  assert 'scale' not in flat['kwargs']
+  assert flat['kwargs']['scale'] == 'norm'
   assert flat['head_scale'] is flat['clip_shared'] is None
 
 

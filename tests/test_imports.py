@@ -24,6 +24,7 @@ _GRADIENTS = {
 _BELOW_TRAIN = _BELOW_PROBLEMS | _GRADIENTS | {'transforms', 'problems'}
 ALLOWED = {
   'types': set(),
+  'command_line': set(),
   'transforms': set(),
   'slices': set(),
   'micro_batches': {'transforms', 'slices'},
@@ -48,9 +49,10 @@ ALLOWED = {
   'problems': _BELOW_PROBLEMS,
   'train': _BELOW_TRAIN,
   'report': {'types', 'metrics'},
-  'main': _BELOW_TRAIN | {'train', 'report'},
+  'main': _BELOW_TRAIN | {'command_line', 'train', 'report'},
   'predict': _BELOW_TRAIN | {'train', 'report'},
   '__init__': {
+    'command_line',
     'feature_updates',
     'ghost_updates',
     'gradients',

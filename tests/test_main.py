@@ -53,9 +53,53 @@ def test_wrong_override_is_an_error_with_the_nearest_keys(override, message):
     main.load_config(f'{_CONFIG}:method=cagrad', [override])
 
 
-def test_config_file_that_is_not_there_is_named():
-  with pytest.raises(ValueError, match=r"got 'configs/nowhere\.py'"):
-    main.load_config('configs/nowhere.py:seed=1')
+@pytest.mark.parametrize(
+  ('name', 'text', 'message'),
+  [
+    ('nowhere.py', None, 'no such file: '),
+    ('README.md', '', 'must be a Python file, got '),
+    (
+      'cut.py',
+      'x = 1\ny = (',
+      r"is no Python: '\(' was never closed in line 2",
+    ),
+    ('imports.py', 'import nowhere', "imported: No module named 'nowhere'"),
+    ('empty.py', '', 'has no function get_config'),
+    ('number.py', 'get_config = len', 'must return a ConfigDict, got int'),
+  ],
+)
+def test_file_that_is_no_config_is_named(tmp_path, name, text, message):
+  path = tmp_path / name
+  if text is not None:
+    path.write_text(text)
+  with pytest.raises(ValueError, match=message) as error:
+    main.load_config(f'{path}:seed=1')
+  assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('method', 'override', 'value'),
+  [
+    ('famo', 'gamma=0.01', 0.01),
+    ('uncertainty', 'learning_rate=0.01', 0.01),
+    ('uncertainty', "likelihood=('gaussian','laplace')", None),
+    ('f_linear', 'weights=(0.7,0.3)', (0.7, 0.3)),
+    ('graddrop', 'leak=0.5', 0.5),
+    ('graddrop', 'leak=(0.5,0.1)', (0.5, 0.1)),
+    ('stch', 'nadir_steps=3', 3),
+    ('stch', 'ideal=0.5', 0.5),
+    ('forum', 'beta=0.5', 0.5),
+    ('rlw', 'distribution=uniform', 'uniform'),
+  ],
+)
+def test_hyper_parameter_of_a_method_is_a_key_of_its_config(
+  method, override, value
+):
+  config = main.load_config(
+    f'{_CONFIG}:method={method}', [f'--config.method.kwargs.{override}']
+  )
+  name = override.partition('=')[0]
+  assert config.method.kwargs[name] == (value or ('gaussian', 'laplace'))
 
 
 @pytest.mark.parametrize(
@@ -63,6 +107,13 @@ def test_config_file_that_is_not_there_is_named():
   [
     ([f'--config={_CONFIG}:method=cagard'], "did you mean 'cagrad'"),
     ([f'--config={_CONFIG}', '--config.sed', '1'], "did you mean 'seed'"),
+    ([f'--config={_CONFIG}', '--epochs=3'], r'did you mean --config\.epochs'),
+    (
+      [f'--config={_CONFIG}', '--learning_rate', '1'],
+      r'did you mean --config\.optimizer\.learning_rate',
+    ),
+    ([f'--config={_CONFIG}', '--config.epochs=2.5'], "literal.* '2.5'"),
+    ([f'--config={_CONFIG}', '--config.model=3'], "Failed to parse '3'"),
   ],
 )
 def test_mistake_on_the_command_line_ends_with_one_plain_message(
@@ -99,6 +150,91 @@ def test_error_that_a_user_can_mend_is_one_line_without_a_traceback(
   assert process.returncode == 1
   assert re.search(f'^error: .*{message}', process.stderr, re.MULTILINE)
   assert 'Traceback' not in process.stderr
+
+
+# Does something the first time that a module is asked for.
+_AT_IMPORT = """
+import os, signal, sys
+
+class Finder:
+  def find_spec(name, path, target=None):
+    if name == {module!r}:
+      sys.meta_path.remove(Finder)
+      {act}
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize(
+  ('module', 'act', 'status', 'message'),
+  [
+    # The first that takes long, and the last of all.
+    *(
+      (module, 'os.kill(os.getpid(), signal.SIGINT)', 130, 'SIGINT ended')
+      for module in ('jax', 'mtl_jax.train.window')
+    ),
+    (
+      'ml_collections',
+      'raise ModuleNotFoundError(f"No module named {name!r}", name=name)',
+      1,
+      r"error: No module named 'ml_collections'.* 'mtl_jax\[train\]'",
+    ),
+  ],
+)
+def test_program_that_ends_in_its_imports_says_why_in_one_line(
+  tmp_path, module, act, status, message
+):
+  (tmp_path / 'sitecustomize.py').write_text(
+    _AT_IMPORT.format(module=module, act=act)
+  )
+  process = subprocess.run(
+    [sys.executable, '-m', 'mtl_jax.main', '--help'],
+    cwd=_ROOT,
+    env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert process.returncode == status, process.stderr
+  (line,) = process.stderr.splitlines()
+  assert re.match(message, line)
+
+
+_SIGNALLED = """
+import os, signal, sys
+from mtl_jax import main
+from mtl_jax.train import loop, lock
+
+def train(config, workdir, **options):
+  with lock.hold(workdir):
+    os.kill(os.getpid(), int(sys.argv.pop()))
+
+loop.train = train
+main.app.run(main.main, flags_parser=lambda argv: main.parse_flags(argv[:-1]))
+"""
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signal_before_there_is_anything_to_save_cleans_up_in_one_line(
+  tmp_path, number
+):
+  process = subprocess.run(
+    [
+      *(sys.executable, '-c', _SIGNALLED, f'--config={_CONFIG}'),
+      *(f'--workdir={tmp_path}', str(int(number))),
+    ],
+    cwd=_ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert process.returncode == 128 + number, process.stderr
+  assert process.stderr == f'{number.name} ended the program.\n'
+  # The lock is released.
+  assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_saves_and_ends_with_its_own_status_and_a_message(tmp_path):

@@ -1,5 +1,10 @@
 """Predictions of a saved run."""
 
+import json
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -57,6 +62,48 @@ def test_command_writes_the_picture(workdir, tmp_path, capsys):
   assert str(out) in capsys.readouterr().out
 
 
-def test_folder_without_a_run_is_named(tmp_path, capsys):
-  assert predict.main([f'--workdir={tmp_path}']) == 2
-  assert str(tmp_path) in capsys.readouterr().err
+def test_run_that_cannot_be_read_is_one_line(tmp_path, capsys):
+  def says(words):
+    assert predict.main([f'--workdir={tmp_path}']) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return (
+      line.startswith('error: ') and str(tmp_path) in line and words in line
+    )
+
+  assert says('holds no run')
+  (tmp_path / 'config.json').write_text('{"name": "a package"}')
+  assert says('config.json is not of a run of mtl_jax')
+  groups = {key: {} for key in ('problem', 'method', 'model', 'optimizer')}
+  (tmp_path / 'config.json').write_text(json.dumps(groups))
+  assert says("the config has no entry 'data'")
+
+
+@pytest.mark.parametrize(
+  ('out', 'message'), [('no/x.png', 'there is no folder'), ('x.foo', "'png'")]
+)
+def test_picture_that_cannot_be_written_is_one_line(
+  tmp_path, capsys, out, message
+):
+  out = tmp_path / out
+  assert predict.main([f'--workdir={tmp_path}', f'--out={out}']) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: --out') and message in line
+
+
+def test_damaged_checkpoints_are_told_without_the_libraries_tracebacks(
+  workdir, tmp_path
+):
+  copy = shutil.copytree(workdir[0], tmp_path / 'run')
+  for path in copy.rglob('checkpoints/*/**/d/*'):
+    path.write_bytes(path.read_bytes()[:10])
+  # In a process of its own, whose end the libraries' threads may outlive.
+  process = subprocess.run(
+    [sys.executable, '-m', 'mtl_jax.predict', f'--workdir={copy}'],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert process.returncode == 1
+  assert process.stderr.startswith('error: none of the checkpoints in ')
+  assert 'Traceback' not in process.stderr

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from mtl_jax.models import arguments
 from mtl_jax.models import lenet
 from mtl_jax.models import mlp
 from mtl_jax.models import resnet
@@ -17,9 +18,11 @@ _TRUNKS = {
   'resnet18': resnet.ResNet,
   'vit_s': vit.ViT,
 }
+# Of every flax module, and what the trainer sets.
+_HIDDEN = ('parent', 'name', 'batch_norm_axis')
 
 
-def by_name(name: str, **kwargs) -> nn.Module:
+def by_name(name: str, /, **kwargs: Any) -> nn.Module:
   """The trunk of that name.
 
   Args:
@@ -30,17 +33,27 @@ def by_name(name: str, **kwargs) -> nn.Module:
     The module, for `make_model`.
 
   Raises:
-    ValueError: if there is no trunk of that name; it tells the nearest.
+    ValueError: if there is no trunk of that name (tells the nearest), or an
+      argument is unknown, of the wrong type or too small.
   """
-  return get(_TRUNKS, name, 'model')(**kwargs)
+  trunk = get(_TRUNKS, name, 'model')
+  arguments.check_arguments('model.kwargs', name, trunk, kwargs, hidden=_HIDDEN)
+  for key, value in kwargs.items():
+    least = 0 if key == 'blocks' else 1
+    for size in value if isinstance(value, list | tuple) else (value,):
+      if isinstance(size, int) and size < least:
+        raise ValueError(
+          f'model.kwargs.{key} of {name!r} must be {least} or more, got {value}'
+        )
+  return trunk(**kwargs)
 
 
 def get(table: Mapping[str, Any], name: str, what: str) -> Any:
   """`table[name]`, or a ValueError that tells the nearest names."""
   if name not in table:
     near = difflib.get_close_matches(str(name), table, cutoff=0.4)
-    hint = f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
+    hint = f'did you mean {" or ".join(map(repr, near))}? ' if near else ''
     raise ValueError(
-      f'unknown {what} {name!r}, expected one of {sorted(table)}{hint}'
+      f'unknown {what} {name!r}; {hint}expected one of {sorted(table)}'
     )
   return table[name]

@@ -31,6 +31,25 @@ _CHOICES = {
 }
 
 
+# Every config has these; own ones may have more.
+ENTRIES = {
+  '': (
+    *('problem', 'data', 'model', 'method', 'optimizer', 'parallel'),
+    *('batch_size', 'epochs', 'seed', 'engine', 'perturbation'),
+    *('micro_batches', 'steps_per_call', 'compute_dtype', 'precision'),
+    *('eval_every_epochs', 'log_every_steps', 'checkpoint_every_steps'),
+    'keep_checkpoints',
+  ),
+  'data': ('kind', 'data_dir', 'source_dir', 'split', 'placement'),
+  'model': ('name', 'sharing', 'kwargs'),
+  'method': ('name', 'aggregator', 'weighting', 'kwargs', 'head_scale', 'flat'),
+  'optimizer': (
+    *('learning_rate', 'schedule', 'clip', 'weight_decay', 'skip_nonfinite'),
+  ),
+  'parallel': ('parameters', 'task_devices', 'batch_norm'),
+}
+
+
 def check_config(config: ml_collections.ConfigDict) -> None:
   """Checks what can be told from a config alone.
 
@@ -38,8 +57,15 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     config: of `configs/`.
 
   Raises:
-    ValueError: if a value is out of range; names its key.
+    ValueError: if an entry is missing, a value out of range, or the method
+      another than its name says; names the key.
   """
+  for group, entries in ENTRIES.items():
+    held = config[group] if group else config
+    for entry in entries:
+      if not isinstance(held, ml_collections.ConfigDict) or entry not in held:
+        key = f'{group}.{entry}'.removeprefix('.')
+        raise ValueError(f'the config has no entry {key!r}')
   for name in _POSITIVE:
     if config[name] < 1:
       raise ValueError(f'{name} must be positive, got {config[name]}')
@@ -48,6 +74,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     value = (config[group] if group else config)[key]
     if value not in choices:
       raise ValueError(f'{name} must be one of {choices}, got {value!r}')
+  # JAX takes no more bits.
+  if not 0 <= config.seed < 2**63:
+    raise ValueError(f'seed must be in [0, 2**63), got {config.seed}')
+  _check_name(config)
   if config.parallel.task_devices > 1 and config.model.sharing != 'shared':
     raise ValueError(
       "parallel.task_devices goes with model.sharing='shared' alone, got "
@@ -62,6 +92,30 @@ def check_config(config: ml_collections.ConfigDict) -> None:
           f"{name}='per_device' goes with parallel.{key}={only!r} alone, got "
           f'{value!r}'
         )
+
+
+def _check_name(config):
+  """Raises if a run would be recorded under the name of another method."""
+  # Own configs may name their methods as they like.
+  told = config.method.get('stands_for')
+  if told is None:
+    return
+  method = config.method
+  found = {
+    'name': method.name,
+    'aggregator': method.aggregator,
+    'weighting': method.weighting,
+    'sharing': config.model.sharing,
+    'flat': method.flat is not None,
+    'kwargs': {key: method.kwargs.get(key) for key in told.kwargs},
+  }
+  for key, value in told.to_dict().items():
+    if found[key] != value:
+      where = 'model' if key == 'sharing' else 'method'
+      raise ValueError(
+        f'{where}.{key} is {found[key]!r}, where method={told.name} means '
+        f"{value!r}; choose a method by method=NAME after the config's colon"
+      )
 
 
 def per_device(config):

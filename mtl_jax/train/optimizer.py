@@ -9,8 +9,13 @@ import jax
 import optax
 
 from mtl_jax import transforms
+from mtl_jax.models import arguments
 from mtl_jax.transforms.contract import labels
 
+# What the trainer gives to `flat_minima`, or a config cannot.
+_NOT_OF_FLAT = (
+  *('aggregator', 'task_names', 'perturbation', 'combiner', 'param_labels'),
+)
 _SCHEDULES = ('constant', 'cosine', 'step')
 
 
@@ -40,8 +45,9 @@ def make_aggregator(
     a weighting by itself, which needs no task gradients.
 
   Raises:
-    ValueError: if there is no aggregator or weighting of that name, or
-      `head_scale` is given beside `flat`, which has its own, or a perturbation
+    ValueError: if there is no aggregator or weighting of that name, one of
+      `kwargs` or `flat` is no argument or of the wrong type, or `head_scale`
+      is given beside `flat`, which has its own, or a perturbation
       is chosen for a method without any.
   """
   if method.flat is not None and method.head_scale is not None:
@@ -62,7 +68,7 @@ def make_aggregator(
       )
     factory = getattr(transforms, method.aggregator)
     aggregator = factory(
-      **_arguments(factory, method.kwargs, seed=seed),
+      **_arguments(method.aggregator, factory, method.kwargs, seed=seed),
       num_tasks=len(task_names),
       axis_name=axis_name,
     )
@@ -83,12 +89,15 @@ def make_aggregator(
       aggregator, task_names, head_scale=method.head_scale
     )
   flat = dict(method.flat)
+  arguments.check_arguments(
+    'method.flat',
+    'flat_minima',
+    transforms.flat_minima,
+    flat,
+    hidden=_NOT_OF_FLAT,
+  )
   return transforms.flat_minima(
-    aggregator,
-    task_names,
-    flat.pop('rho'),
-    perturbation=perturbation,
-    **flat,
+    aggregator, task_names, perturbation=perturbation, **flat
   )
 
 
@@ -130,16 +139,20 @@ def _weighting_by_name(name, kwargs, given):
     else value
     for key, value in dict(kwargs).items()
   }
-  return factory(**_arguments(factory, values, **given))
+  return factory(**_arguments(name, factory, values, **given))
 
 
-def _arguments(factory, kwargs, **given):
+def _arguments(name, factory, kwargs, **given):
   """`kwargs`, and of `given` what the factory takes besides."""
   taken = inspect.signature(factory).parameters
-  return {
+  values = {
     **{key: value for key, value in given.items() if key in taken},
     **dict(kwargs),
   }
+  arguments.check_arguments(
+    'method.kwargs', name, factory, values, hidden=('num_tasks', 'axis_name')
+  )
+  return values
 
 
 def _makes_aggregator(name):

@@ -29,7 +29,7 @@ act = (workdir / 'act').read_text()
 if act == 'fail':
   sys.exit(3)
 if act == 'wait':
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+  # A run in its first seconds dies of the signal.
   (workdir / 'ready').touch()
   time.sleep(60)
 (workdir / 'did').touch()
@@ -106,17 +106,43 @@ def test_failed_runs_are_told_at_the_end_with_their_logs(tmp_path, capsys):
   assert sweep.Sweep(jobs, 1).run() == 1
   assert (jobs[1].workdir / 'did').exists()
   output = capsys.readouterr().out.splitlines()
-  assert output[0] == '[1/2] bad: FAILED with status 3'
+  assert output[0] == ('[1/2] bad: FAILED with status 3: hello from the run')
   assert output[-1] == f'failed: bad; see {jobs[0].log}'
   assert jobs[0].log.read_text() == 'hello from the run\n'
+
+
+def test_run_whose_record_cannot_be_read_fails_and_others_run(tmp_path, capsys):
+  jobs = [_job(tmp_path, 'bad', 'work'), _job(tmp_path, 'good', 'work')]
+  (jobs[0].workdir / 'run.json').write_text('[]')
+  assert sweep.Sweep(jobs, 1).run() == 1
+  assert not (jobs[0].workdir / 'did').exists()
+  assert (jobs[1].workdir / 'did').exists()
+  assert 'bad: FAILED to start: ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--config.epochs=3'], 'such as --config.epochs=3, come after --'),
+    (['--seeds=a'], "--seeds must be integers parted by commas, got 'a'"),
+    (['--', '--config.epchs=3'], "did you mean 'epochs'"),
+  ],
+)
+def test_wrong_command_line_is_one_line(tmp_path, capsys, arguments, message):
+  start = [f'--config={_CONFIG}', '--methods=linear', f'--root={tmp_path}']
+  assert sweep.main([*start, *arguments]) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: ') and message in line
+  assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_stops_the_runs_and_starts_no_more(tmp_path):
   first, second = _job(tmp_path, 'a', 'wait'), _job(tmp_path, 'b', 'work')
   script = (
-    'import sys; from tests.launch import test_sweep as t; from pathlib import '
-    f'Path; root = Path({str(tmp_path)!r}); jobs = [t.sweep.Job(n, root / n, '
-    '{}, [sys.executable, "-c", t._RUN, str(root / n)]) for n in "ab"]; '
+    'import sys; sys.path.append("tests"); from pathlib import Path; from '
+    f'tests.launch import test_sweep as t; root = Path({str(tmp_path)!r}); '
+    'jobs = [t.sweep.Job(n, root / n, {}, [sys.executable, "-c", t._RUN, '
+    'str(root / n)]) for n in "ab"]; '
     'sys.exit(t.sweep.Sweep(jobs, 1).run())'
   )
   process = subprocess.Popen(

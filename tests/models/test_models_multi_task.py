@@ -301,3 +301,26 @@ def test_names_of_configs_are_trunks_with_the_given_attributes():
   assert models.by_name('lenet') == models.LeNet()
   assert models.by_name('resnet18', features=7) == models.ResNet(features=7)
   assert models.by_name('mlp', widths=(3,)) == models.MLP(widths=(3,))
+
+
+@pytest.mark.parametrize(
+  ('name', 'kwargs', 'message'),
+  [
+    ('lenet', {'widths': (8,)}, r"kwargs.widths .* 'lenet', .* \['features'\]"),
+    (
+      'resnet18',
+      {'dropout': 0.0},
+      "kwargs.dropout is no argument of 'resnet18'",
+    ),
+    ('mlp', {'name': 'x'}, 'kwargs.name is no argument'),
+    ('mlp', {'widths': (8.5, 8)}, r'tuple of integers, got \(8.5, 8\)'),
+    ('mlp', {'widths': 8}, 'tuple of integers, got 8'),
+    ('mlp', {'widths': (8, 0)}, r'widths of .* 1 or more, got \(8, 0\)'),
+    ('mlp', {'dropout': '0'}, "a number, got '0'"),
+    ('resnet18', {'blocks': (1, -1)}, r'blocks of .* 0 or more, got \(1, -1\)'),
+    ('vit_s', {'hidden': True}, 'an integer, got True'),
+  ],
+)
+def test_argument_that_a_trunk_does_not_take_is_named(name, kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    models.by_name(name, **kwargs)

@@ -168,6 +168,40 @@ def test_head_scale_that_a_flat_method_does_not_use_is_refused():
     optimizer.make_optimizer(config, NAMES, total_steps=10)
 
 
+@pytest.mark.parametrize(
+  ('aggregator', 'kwargs', 'message'),
+  [
+    ('pcgrad', {'c': 0.4}, "kwargs.c is no argument of 'pcgrad', which takes"),
+    ('cagrad', {'num_tasks': 2}, 'kwargs.num_tasks is no argument'),
+    ('cagrad', {'c': 'x'}, "kwargs.c of 'cagrad' must be a number, got 'x'"),
+    ('cagrad', {'c': True}, 'must be a number, got True'),
+    ('linear', {'weights': (1, 'x')}, 'must be a tuple of numbers or None'),
+    ('krum', {'num_selected': 1.5}, 'must be an integer, got 1.5'),
+    ('graddrop', {'leak': None}, 'must be a number or a tuple of numbers, got'),
+  ],
+)
+def test_argument_that_a_factory_does_not_take_is_named(
+  aggregator, kwargs, message
+):
+  config = _config()
+  with config.unlocked():
+    config.method.aggregator = aggregator
+    config.method.kwargs = kwargs
+  with pytest.raises(ValueError, match=message):
+    optimizer.make_optimizer(config, NAMES, total_steps=10)
+
+
+def test_argument_that_a_factory_needs_is_named():
+  config = _with_weighting('static_weights')
+  with pytest.raises(ValueError, match="'static_weights' must hold 'weights'"):
+    optimizer.make_optimizer(config, NAMES, total_steps=10)
+  with config.unlocked():
+    config.method.kwargs = {'weights': [1, 0.5]}
+    config.method.flat = {'rh': 0.1}
+  with pytest.raises(ValueError, match=r'method\.flat\.rh is no argument'):
+    optimizer.make_optimizer(config, NAMES, total_steps=10)
+
+
 def test_a_random_method_draws_from_the_seed_of_the_run():
   config = _config()
   config.method.aggregator = 'pcgrad'
