@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import methods
 import numpy as np
 import optax
+from optax.experimental import aggregating
 import pytest
 import quadratics
 import quick_compile
@@ -68,7 +69,12 @@ def test_every_computes_weights_at_once_when_other_tasks_are_present():
 
 
 @pytest.mark.parametrize(
-  'method', [mtl_jax.graddrop(), mtl_jax.moco(), optax.identity()]
+  'method',
+  [
+    mtl_jax.graddrop(),
+    mtl_jax.moco(),
+    aggregating.average_per_element_updates(),
+  ],
 )
 def test_every_refuses_what_is_no_weighted_sum_of_task_gradients(method):
   with pytest.raises(ValueError, match=r'every .*weights='):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import methods
 import numpy as np
 import optax
+from optax.experimental import aggregating
 import pytest
 import quadratics
 
@@ -134,7 +135,7 @@ def test_active_is_read_as_truth_values_whatever_its_dtype():
 
 
 def test_what_absent_tasks_hold_does_not_reach_an_aggregator_of_optax():
-  mean = optax.GradientTransformation(
+  mean = aggregating.Aggregator(
     lambda params: optax.EmptyState(),
     lambda rows, state, params=None: (
       jax.tree.map(lambda x: x.sum(0), rows),

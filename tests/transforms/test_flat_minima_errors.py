@@ -49,7 +49,13 @@ def test_a_combiner_without_use_is_refused(combine):
     mtl_jax.pcgrad(),
     mtl_jax.linear(num_tasks=2),
     mtl_jax.mgda(num_tasks=3),
-    optax.trace(0.9),
+    mtl_jax.Aggregator(
+      lambda params: params,
+      lambda rows, state, params=None, **_: (
+        jax.tree.map(lambda x: x.sum(axis=0), rows),
+        state,
+      ),
+    ),
   ],
   ids=['a key', 'weights', 'weights of three', 'momentum'],
 )
@@ -102,12 +108,12 @@ def test_an_update_without_grad_fn_is_refused():
 
 
 def test_weights_for_heads_need_an_aggregator_that_shows_weights():
-  def mean(task_grads, state, params=None):
+  def mean(task_grads, state, params=None, **_):
     del params
     return jax.tree.map(lambda g: jnp.mean(g, axis=0), task_grads), state
 
   tx = mtl_jax.flat_minima(
-    optax.GradientTransformation(lambda _: optax.EmptyState(), mean),
+    mtl_jax.Aggregator(lambda _: optax.EmptyState(), mean),
     NAMES,
     head_scale='weights',
   )

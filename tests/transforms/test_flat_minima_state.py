@@ -42,7 +42,7 @@ def remembering():
     mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), total)
     return mean, Memory(total, losses, active)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return mtl_jax.Aggregator(init, update)
 
 
 def gradients(rho):

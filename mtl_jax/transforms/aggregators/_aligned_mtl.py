@@ -194,4 +194,5 @@ def aligned_mtl(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=False,
   )

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 
+import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms.contract import aggregation
@@ -65,10 +66,13 @@ def cagrad(
   arguments.one_of('rescale', rescale, ('none', '1+c^2', '1+c'))
   divisor = {'none': 1.0, '1+c^2': 1 + c * c, '1+c': 1 + c}[rescale]
 
+  # A traced c may be 0 too, but only when the program runs.
+  is_mean = not isinstance(c, jax.Array) and c == 0
+
   def weights_fn(gram, *, losses, active):
     del losses
     mean = active / jnp.maximum(jnp.sum(active), 1).astype(gram.dtype)
-    if c == 0:
+    if is_mean:
       return mean
     found, multiplier = averse.conflict_averse(gram, active, c)
     weights = (mean + multiplier * found.weights) / divisor
@@ -80,4 +84,5 @@ def cagrad(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=not is_mean,
   )

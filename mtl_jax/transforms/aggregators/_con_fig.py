@@ -103,4 +103,5 @@ def con_fig(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=False,
   )

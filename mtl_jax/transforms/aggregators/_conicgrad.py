@@ -91,4 +91,5 @@ def conicgrad(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=True,
   )

@@ -105,7 +105,7 @@ def cr_mogm(
       'the aggregator has axes of its own; make it with axis_name='
       f'{axis_name!r}, reduce={reduce!r} and shard_axis={shard_axis!r}'
     )
-  inner = aggregation.as_aggregator(aggregator)
+  inner = aggregation.as_inner('cr_mogm', aggregator)
   aggregation.check_weights('cr_mogm', inner)
 
   def memory(size, params, dtype):
@@ -153,6 +153,8 @@ def cr_mogm(
     axes=inner.axes,
     head_scale=inner.head_scale,
     extra_batches=inner.extra_batches,
+    # That of the aggregator, whatever it is.
+    residual=None,
   )
 
 

@@ -83,4 +83,5 @@ def dualproj(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=True,
   )

@@ -83,4 +83,5 @@ def fairgrad(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=True,
   )

@@ -42,7 +42,7 @@ def graddrop(
   Args:
     leak: how much of a dropped value stays, from 0 to 1; one number or one a
       task [T].
-    seed: an int or a typed key. Leaf k of the gradients draws from
+    seed: an int or a key. Leaf k of the gradients draws from
       `jax.random.fold_in(key, k)` with a fresh key at every update; under
       `shard_axis` the shard's index is folded in too.
     num_tasks: T, to have the Gram matrix in the state.
@@ -55,7 +55,7 @@ def graddrop(
 
   Raises:
     ValueError: for a leak outside [0, 1] or of another length than the tasks.
-    TypeError: for a seed that is neither an integer nor a typed key.
+    TypeError: for a seed that is neither an integer nor a key.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax

@@ -153,4 +153,5 @@ def gradnorm(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=False,
   )

@@ -52,7 +52,7 @@ def gradvac(
 
   Args:
     beta: share of the last cosine in the moving average, from 0 to 1.
-    seed: an int or a typed key; the order is drawn anew for every task at every
+    seed: an int or a key; the order is drawn anew for every task at every
       update. With two tasks there is nothing to draw.
     num_tasks: T, of which the state keeps the targets [T, T]; needed at `init`.
     axis_name: see `from_gram`.
@@ -64,7 +64,7 @@ def gradvac(
 
   Raises:
     ValueError: for a beta outside [0, 1].
-    TypeError: for a seed that is neither an integer nor a typed key.
+    TypeError: for a seed that is neither an integer nor a key.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -126,4 +126,5 @@ def gradvac(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=False,
   )

@@ -87,4 +87,5 @@ def imtl_g(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=False,
   )

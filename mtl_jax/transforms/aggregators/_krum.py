@@ -89,6 +89,7 @@ def krum(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=False,
   )
 
 

@@ -72,5 +72,6 @@ def linear(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=False,
     head_scale='weights',
   )

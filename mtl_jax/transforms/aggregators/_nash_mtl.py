@@ -82,4 +82,5 @@ def nash_mtl(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=True,
   )

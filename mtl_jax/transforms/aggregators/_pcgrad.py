@@ -33,7 +33,7 @@ def pcgrad(
 
   Args:
     reduction: `'sum'` or `'mean'` over tasks.
-    seed: an int or a typed key; the order of projections is drawn anew for
+    seed: an int or a key; the order of projections is drawn anew for
       every task at every update. With two tasks there is nothing to draw.
     num_tasks: T, to have weights and Gram matrix in the state.
     axis_name: see `from_gram`.
@@ -45,7 +45,7 @@ def pcgrad(
 
   Raises:
     ValueError: for another reduction.
-    TypeError: for a seed that is neither an integer nor a typed key.
+    TypeError: for a seed that is neither an integer nor a key.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -98,4 +98,5 @@ def pcgrad(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=False,
   )

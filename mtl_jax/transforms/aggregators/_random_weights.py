@@ -29,7 +29,7 @@ def random_weights(
   Scale: weights on the simplex. Degree of homogeneity: 1.
 
   Args:
-    seed: an int or a typed key.
+    seed: an int or a key.
     num_tasks: T, to have weights and Gram matrix in the state.
     axis_name: see `from_gram`.
     reduce: see `from_gram`.
@@ -39,7 +39,7 @@ def random_weights(
     An aggregator with a random state.
 
   Raises:
-    TypeError: for a seed that is neither an integer nor a typed key.
+    TypeError: for a seed that is neither an integer nor a key.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -71,4 +71,5 @@ def random_weights(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=False,
   )

@@ -141,4 +141,5 @@ def sdmgrad(
     axis_name=axis_name,
     reduce=reduce,
     shard_axis=shard_axis,
+    residual=False,
   )

@@ -10,10 +10,16 @@ from mtl_jax.transforms.contract import algebra
 
 
 def start(num_tasks: int, params: Any) -> Any:
-  """Zeros [T, *shape] for every parameter, float32 at least."""
-  return jax.tree.map(
-    lambda p: jnp.zeros((num_tasks, *p.shape), algebra.wide(p.dtype)), params
-  )
+  """Zeros [T, *shape] for every parameter, float32 at least.
+
+  Each is sharded like its parameter.
+  """
+
+  def zeros(p):
+    row = jnp.zeros_like(p, algebra.wide(p.dtype))
+    return jnp.broadcast_to(row[None], (num_tasks, *p.shape))
+
+  return jax.tree.map(zeros, params)
 
 
 def check(tracked: Any, task_grads: Any) -> None:

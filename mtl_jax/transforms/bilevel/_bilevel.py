@@ -74,6 +74,13 @@ class BilevelWeighting(NamedTuple):
   init: Callable[[int, Any], Any]
   update: Callable[..., tuple[jax.Array, Any]]
 
+  def instead_of_aggregator(self) -> str:
+    """What an error says where an aggregator is expected."""
+    return (
+      'got a weighting that learns from validation losses; it evaluates the '
+      'losses itself, so call its update and differentiate the weighted loss'
+    )
+
 
 def check_optimizer(optimizer: Any) -> None:
   """Raises unless `optimizer` is an optax transformation."""
@@ -90,7 +97,12 @@ def check_tasks(num_tasks: int) -> None:
 
 
 def dtype_of(params: Any) -> Any:
-  """The dtype of weights: float32, or wider if a parameter is."""
+  """The dtype of weights: float32, or wider if a parameter is.
+
+  Raises:
+    ValueError: naming a parameter that is no real floating-point array.
+  """
+  aggregation.check_parameters(params)
   return jnp.result_type(
     jnp.float32, *(algebra.wide(leaf.dtype) for leaf in jax.tree.leaves(params))
   )

@@ -7,6 +7,8 @@ how replicas and shards are reduced, and which shapes are right.
 
 from collections.abc import Callable
 from collections.abc import Hashable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import inspect
 from typing import Any
 from typing import NamedTuple
@@ -17,6 +19,12 @@ import optax
 from optax.experimental import aggregating
 
 from mtl_jax.transforms.contract import arguments
+from mtl_jax.transforms.contract import meshes
+
+_HEADS = (
+  'Heads have no task axis: where params have some, wrap the aggregator, as in '
+  'shared_only(aggregator, task_names).'
+)
 
 
 class Axes(NamedTuple):
@@ -126,6 +134,8 @@ class Aggregator(aggregating.Aggregator):
       the task `'gradients'`, gradients it `'tracked'`, or `'none'` without any.
     for_tasks: `num_tasks -> Aggregator`; the same aggregator as if made with
       `num_tasks`, for a wrapper that knows the tasks.
+    outermost: whether `update` evaluates gradients itself, so that no wrapper
+      may show it a part of the parameters.
   """
 
   aggregate: Callable[..., tuple[Any, Any]]
@@ -134,6 +144,7 @@ class Aggregator(aggregating.Aggregator):
   extra_batches: int
   weights: str
   for_tasks: Callable[[int], 'Aggregator']
+  outermost: bool
 
   def __new__(
     cls,
@@ -145,6 +156,7 @@ class Aggregator(aggregating.Aggregator):
     extra_batches: int = 0,
     weights: str = 'none',
     for_tasks: Callable[[int], 'Aggregator'] | None = None,
+    outermost: bool = False,
   ):
     axes = (axes or Axes()).check()
 
@@ -166,15 +178,33 @@ class Aggregator(aggregating.Aggregator):
     self.extra_batches = extra_batches
     self.weights = weights
     self.for_tasks = for_tasks or (lambda num_tasks: self)
+    self.outermost = outermost
     return self
 
 
-def as_aggregator(tx: optax.GradientTransformation) -> Aggregator:
-  """Any transformation that keeps the contract, seen as an `Aggregator`."""
+def as_aggregator(
+  tx: aggregating.Aggregator, name: str = 'aggregator'
+) -> Aggregator:
+  """An aggregator of optax's contract as one of ours.
+
+  Args:
+    tx: an `Aggregator`, or any `optax.experimental.aggregating.Aggregator`.
+    name: the argument's name, for errors.
+
+  Returns:
+    `tx` itself if it is an `Aggregator`. Otherwise one that passes on the extra
+    arguments that `tx.update` takes, with zeros in the rows of absent tasks.
+
+  Raises:
+    TypeError: for anything else. An optimizer has the same two functions, but
+      keeps the task axis.
+  """
   if isinstance(tx, Aggregator):
     return tx
-  # By the signature and not by the type: optax's own aggregators are of the
-  # type that takes extra arguments, and take none.
+  if not isinstance(tx, aggregating.Aggregator):
+    raise TypeError(f'{name} must be an aggregator: {_instead(tx)}')
+  # optax's own aggregators are of the type that takes extra arguments, and take
+  # none: only the signature says.
   parameters = inspect.signature(tx.update).parameters
   swallows = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
@@ -196,6 +226,51 @@ def as_aggregator(tx: optax.GradientTransformation) -> Aggregator:
     return tx.update(task_grads, state, params, **taken)
 
   return Aggregator(tx.init, aggregate)
+
+
+def _instead(value: Any) -> str:
+  """What to pass in place of `value`, which is no aggregator."""
+  if hasattr(value, 'instead_of_aggregator'):
+    return value.instead_of_aggregator()
+  if isinstance(value, optax.GradientTransformation):
+    return (
+      f'got an optax {type(value).__name__}, such as an optimizer or a chain. '
+      'Chain it after the aggregation, as in '
+      'optax.chain(mtl_jax.shared_only(mtl_jax.cagrad(), task_names), '
+      'optax.adam(1e-3)). A transformation of your own that removes the task '
+      'axis is an mtl_jax.Aggregator(init, update).'
+    )
+  called = getattr(value, '__name__', None)
+  if callable(value) and called:
+    return f'got the function {called}; call it, as in {called}()'
+  return f'got {type(value).__name__}'
+
+
+def as_inner(
+  wrapper: str, tx: aggregating.Aggregator, name: str = 'aggregator'
+) -> Aggregator:
+  """`as_aggregator` of what a wrapper wraps.
+
+  Args:
+    wrapper: the wrapper's name, for errors.
+    tx: see `as_aggregator`.
+    name: see `as_aggregator`.
+
+  Returns:
+    See `as_aggregator`.
+
+  Raises:
+    TypeError: see `as_aggregator`.
+    ValueError: for an aggregator that is outermost.
+  """
+  inner = as_aggregator(tx, name)
+  if inner.outermost:
+    raise ValueError(
+      f'{wrapper} wraps an aggregator of shared leaves alone, and flat_minima '
+      'separates heads from shared leaves itself: pass the aggregator inside '
+      f'it to {wrapper}, or leave {wrapper} out'
+    )
+  return inner
 
 
 def check_weights(name: str, inner: Aggregator) -> None:
@@ -240,10 +315,17 @@ def check_task_axis(
     }
   for path, leaf in leaves:
     where = jax.tree_util.keystr(path) or 'the root'
+    check_leaf('task gradient', leaf, where)
+    if path in shapes and leaf.shape == shapes[path] and leaf.ndim:
+      raise ValueError(
+        f'the task gradient at {where} has shape {leaf.shape}, which is its '
+        "parameter's, expected a task axis before it: [tasks, *parameter "
+        f'shape]. {_HEADS}'
+      )
     if leaf.ndim == 0:
       raise ValueError(
         f'task gradients need a leading task axis; the leaf at {where} is a '
-        'scalar'
+        f'scalar. {_HEADS}'
       )
     if num_tasks is None:
       num_tasks = leaf.shape[0]
@@ -251,11 +333,45 @@ def check_task_axis(
     if leaf.shape != expected:
       raise ValueError(
         f'the task gradient at {where} has shape {leaf.shape}, expected '
-        f'{expected}: [tasks, *parameter shape] with {num_tasks} tasks'
+        f'{expected}: [tasks, *parameter shape] with {num_tasks} tasks. '
+        f'{_HEADS}'
       )
   if num_tasks is None:
     raise ValueError('there are no task gradients: the tree has no leaf')
   return num_tasks
+
+
+def check_leaf(what: str, leaf: Any, where: str) -> None:
+  """Raises unless a leaf is an array of real floating-point numbers.
+
+  Args:
+    what: `'parameter'` or `'task gradient'`.
+    leaf: an array or a number.
+    where: its path.
+
+  Raises:
+    ValueError: naming the leaf and how to keep it.
+  """
+  dtype = getattr(leaf, 'dtype', None)
+  dtype = jnp.result_type(leaf) if dtype is None else dtype
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    # Inner products, norms and signs of the methods are those of real vectors.
+    raise ValueError(
+      f'the {what} at {where} is {dtype}; complex parameters are not '
+      'supported: make the real and the imaginary part a parameter each, or '
+      "label the leaf 'frozen' by param_labels"
+    )
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(
+      f'the {what} at {where} is {dtype}, expected a floating-point parameter: '
+      "label the leaf 'frozen' by param_labels"
+    )
+
+
+def check_parameters(params: Any) -> None:
+  """`check_leaf` of all leaves of a tree of parameters."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    check_leaf('parameter', leaf, jax.tree_util.keystr(path) or 'the root')
 
 
 def check_head(grad: jax.Array, param: jax.Array | None, where: str) -> None:
@@ -271,7 +387,7 @@ def full_active(active: Any, num_tasks: int) -> jax.Array:
   """`active` as a bool array [T]; all tasks where it is None."""
   if active is None:
     return jnp.ones(num_tasks, bool)
-  active = jnp.asarray(active)
+  active = as_vector('active', active)
   if active.shape != (num_tasks,):
     raise ValueError(
       f'active must have shape ({num_tasks},), got {active.shape}'
@@ -283,9 +399,46 @@ def check_losses(losses: Any, num_tasks: int) -> jax.Array | None:
   """`losses` as an array [T], at least float32; None stays None."""
   if losses is None:
     return None
-  losses = jnp.asarray(losses)
+  losses = as_vector('losses', losses)
   if losses.shape != (num_tasks,):
     raise ValueError(
       f'losses must have shape ({num_tasks},), got {losses.shape}'
     )
   return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+
+
+def as_vector(argument: str, values: Any) -> jax.Array:
+  """One number a task as an array; raises for anything that has names."""
+  if not isinstance(values, list | tuple) and not jax.tree_util.all_leaves(
+    [values]
+  ):
+    raise TypeError(
+      f'{argument} must be an array [tasks] in the order of the tasks, got a '
+      f'{type(values).__name__}; of a dictionary it is '
+      f'jnp.stack([{argument}[task] for task in task_names])'
+    )
+  return meshes.whole(jnp.asarray(values))
+
+
+def in_order(argument: str, values: Any, task_names: Sequence[str]) -> Any:
+  """A dictionary of one number a task as an array [T]; others stay.
+
+  Args:
+    argument: its name, for errors.
+    values: anything; {task: number} is put in order.
+    task_names: the tasks in their order.
+
+  Returns:
+    [T], or `values`.
+
+  Raises:
+    ValueError: for a dictionary of other tasks.
+  """
+  if not isinstance(values, Mapping):
+    return values
+  if set(values) != set(task_names):
+    raise ValueError(
+      f'{argument} must have one number for each of {tuple(task_names)}, got '
+      f'{tuple(values)}'
+    )
+  return jnp.stack([jnp.asarray(values[task]) for task in task_names])

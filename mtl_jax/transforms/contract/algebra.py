@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import meshes
 
 # Numbers of a row that are multiplied at once; partial sums that a row is added
 # up in, for so few products of rows; rows that are added at once.
@@ -50,13 +51,23 @@ def cross(
     [M, N], entry (i, j) of row i of `first` with row j of `second`; float32 at
     least.
   """
-  total = jnp.zeros(shape, jnp.float32)
-  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-    if on_cpu():
-      rows = [jnp.reshape(x, (x.shape[0], -1)) for x in (a, b)]
-      total = total + _product_by_pieces(*rows)
-    else:
-      total = total + _product(a, b)
+
+  def products(first, second):
+    total = jnp.zeros(shape, jnp.float32)
+    for a, b in zip(first, second, strict=True):
+      if on_cpu():
+        rows = [jnp.reshape(x, (x.shape[0], -1)) for x in (a, b)]
+        total = total + _product_by_pieces(*rows)
+      else:
+        total = total + _product(a, b)
+    return total
+
+  total = meshes.with_automatic_axes(
+    products,
+    jax.sharding.PartitionSpec(),
+    jax.tree.leaves(first),
+    jax.tree.leaves(second),
+  )
   return total if axes is None else axes.sum_shards(total)
 
 
@@ -179,7 +190,7 @@ def weighted_sum(
     Tree of leaves [*shape], summed in float32 at least, in the leaves' dtype.
   """
 
-  def combine(leaf):
+  def combine(weights, leaf, active):
     # Loops index it, which NumPy's arrays do not know.
     leaf = jnp.asarray(leaf)
     dtype = wide(leaf.dtype)
@@ -190,7 +201,12 @@ def weighted_sum(
       total = jnp.sum(row(weights, leaf) * rows, axis=0)
     return total.astype(leaf.dtype)
 
-  return jax.tree.map(combine, task_grads)
+  return jax.tree.map(
+    lambda leaf: meshes.with_automatic_axes(
+      combine, lambda: meshes.row_spec(leaf), weights, leaf, active
+    ),
+    task_grads,
+  )
 
 
 def keep_active(active: jax.Array | None, task_grads: Any) -> Any:

@@ -41,15 +41,26 @@ def check_num_tasks(num_tasks: int | None) -> None:
     check_count('num_tasks', num_tasks)
 
 
+def is_raw_key(value: Any) -> bool:
+  """Whether it is a key as `jax.random.PRNGKey` makes it: a plain array."""
+  if not isinstance(value, jax.Array | np.ndarray) or value.dtype != np.uint32:
+    return False
+  # Its shape depends on the implementation that is set in jax.config.
+  return value.shape == jax.eval_shape(jax.random.PRNGKey, 0).shape
+
+
 def check_seed(seed: int | jax.Array) -> None:
-  """Raises unless `seed` is an integer or a typed key."""
-  if isinstance(seed, jax.Array):
+  """Raises unless `seed` is an integer, a typed key or a raw key."""
+  if isinstance(seed, int | np.integer) or is_raw_key(seed):
+    return
+  if isinstance(seed, jax.Array | np.ndarray) and not seed.shape:
     if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
       return
-  elif isinstance(seed, int | np.integer):
-    return
+    if jnp.issubdtype(seed.dtype, jnp.integer):
+      return
   raise TypeError(
-    f'seed must be an int or a typed key (jax.random.key), got {seed!r}'
+    'seed must be an int, a typed key (jax.random.key) or a raw key '
+    f'(jax.random.PRNGKey), got {seed!r}'
   )
 
 

@@ -39,6 +39,7 @@ def from_gram(
   reduce: str = 'mean',
   shard_axis: Hashable | None = None,
   head_scale: str = 'none',
+  residual: bool | None = None,
 ) -> aggregation.Aggregator:
   r"""Lifts a map from the Gram matrix to weights to an aggregator.
 
@@ -65,7 +66,9 @@ def from_gram(
       batches, `update` needs as `extra_grads`.
     num_tasks: T. With it the weights and the Gram matrix stand in the state
       from `init` on; without it those fields are None for ever.
-    seed: an int or a typed key, for a random method.
+    seed: for a random method: an int, a typed key (`jax.random.key`) or a raw
+      one (`jax.random.PRNGKey`). With a raw one the key in the state is a plain
+      array, as `flax.serialization` and NumPy need it; the draws are the same.
     axis_name: axis of replicas inside `pmap` or `shard_map`; task gradients and
       losses are averaged over it first.
     reduce: `'mean'` or `'sum'` over `axis_name`. Losses that are global already
@@ -73,13 +76,15 @@ def from_gram(
     shard_axis: axis over which the parameters are sharded; inner products are
       summed over it.
     head_scale: default of `shared_only` for this aggregator.
+    residual: whether `weights_fn` returns one. None traces it at every `init`
+      to find out, which takes some milliseconds.
 
   Returns:
     An aggregator: `update(task_grads, state, params=None, *, losses=None,
     active=None, extra_grads=None)`; leaves [T, *shape] in, leaves [*shape] out.
 
   Raises:
-    TypeError: for a seed that is neither an integer nor a typed key.
+    TypeError: for a seed that is neither an integer nor a key.
     ValueError: for a wrong `num_tasks` or `reduce`; at `init` with `memory` and
       without `num_tasks`; at `update` for leaves without a task axis, of
       different T or unlike `params`.
@@ -138,4 +143,5 @@ def from_gram(
     axes=aggregation.Axes(axis_name, reduce, shard_axis),
     head_scale=head_scale,
     extra_batches=extra_batches,
+    residual=residual,
   )

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_jax.transforms.contract import aggregation
+
 SHARED = 'shared'
 FROZEN = 'frozen'
 
@@ -62,7 +64,8 @@ class Partition:
 
   Made once a call from the structure of the parameters. Trees handled by it are
   parameters, task gradients or task parameters: all of one structure, told
-  apart by the shapes of their leaves alone.
+  apart by the shapes of their leaves alone. Leaves that are not frozen are real
+  floating-point numbers.
 
   Attributes:
     task_names: the tasks, in the order of every task axis.
@@ -83,12 +86,16 @@ class Partition:
       for path, _ in jax.tree_util.tree_leaves_with_path(tree)
     ]
     known = {SHARED, FROZEN, *task_names}
-    for path, label in zip(self.paths, self.labels, strict=True):
+    for path, label, leaf in zip(
+      self.paths, self.labels, jax.tree.leaves(tree), strict=True
+    ):
       if label not in known:
         raise ValueError(
           f'param_labels gives {label!r} at {path or "the root"}; expected '
           f'{SHARED!r}, {FROZEN!r} or a task of {task_names}'
         )
+      if label != FROZEN:
+        aggregation.check_leaf('parameter', leaf, path or 'the root')
     self.owners = [
       task_names.index(label) if label in task_names else None
       for label in self.labels

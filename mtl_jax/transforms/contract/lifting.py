@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import algebra
 from mtl_jax.transforms.contract import arguments
+from mtl_jax.transforms.contract import meshes
 
 
 class AggregatorState(NamedTuple):
@@ -112,15 +113,41 @@ class Combined(NamedTuple):
 
 
 def own_key(seed: int | jax.Array | None) -> jax.Array | None:
-  """A fresh typed key, so that no two states ever share a buffer."""
+  """A fresh key, so that no two states ever share a buffer.
+
+  Args:
+    seed: an integer, for a typed key; a typed key, or a raw one, which stays a
+      plain array that any format can save; None.
+
+  Returns:
+    The key, or None.
+  """
   if seed is None:
     return None
-  if not isinstance(seed, jax.Array):
+  if arguments.is_raw_key(seed):
+    return jnp.array(seed, copy=True)
+  if not _is_typed(seed):
     return jax.random.key(seed)
   return jax.random.wrap_key_data(
     jnp.array(jax.random.key_data(seed), copy=True),
     impl=jax.random.key_impl(seed),
   )
+
+
+def _is_typed(key: Any) -> bool:
+  """Whether it is a typed key."""
+  return isinstance(key, jax.Array) and jnp.issubdtype(
+    key.dtype, jax.dtypes.prng_key
+  )
+
+
+def _draw(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+  """The key of the state that follows, and a typed key to draw from now."""
+  if key is None:
+    return None, None
+  key, draw = jax.random.split(key)
+  # A rule need not know of raw keys.
+  return key, draw if _is_typed(draw) else jax.random.wrap_key_data(draw)
 
 
 def check_extra_grads(extra_grads: Any, number: int) -> tuple[Any, ...]:
@@ -156,6 +183,38 @@ def _mean_cosine(
   return jnp.where(lengths > 0, jnp.clip(mean @ inner / safe, -1, 1), 0.0)
 
 
+def _has_residual(
+  combine: Callable[[Given], Combined],
+  params: Any,
+  num_tasks: int,
+  dtype: Any,
+  key: jax.Array | None,
+  memory: Any,
+  extra_batches: int,
+) -> bool:
+  """Whether a rule comes with a residual, from a trace of it."""
+  of = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
+  stack = jax.tree.map(
+    lambda p: jax.ShapeDtypeStruct((num_tasks, *p.shape), p.dtype), params
+  )
+  given = {
+    'task_grads': stack,
+    'gram': of(num_tasks, num_tasks),
+    'losses': of(num_tasks),
+    'active': jax.ShapeDtypeStruct((num_tasks,), bool),
+    'key': _draw(key)[1],
+    'memory': memory,
+    'extra_grads': (stack,) * extra_batches,
+    'unmasked': stack,
+  }
+  # The axes are unknown where a state is made.
+  found = jax.eval_shape(
+    lambda given: combine(Given(axes=aggregation.Axes(), **given)).residual,
+    given,
+  )
+  return found is not None
+
+
 def lift(
   combine: Callable[[Given], Combined],
   *,
@@ -166,6 +225,7 @@ def lift(
   head_scale: str = 'none',
   extra_batches: int = 0,
   weights: str = 'gradients',
+  residual: bool | None = False,
 ) -> aggregation.Aggregator:
   """Makes an aggregator of a rule.
 
@@ -176,18 +236,21 @@ def lift(
       start, with fresh buffers; dtype is that of the Gram matrix. The part of
       absent tasks must be left as it is by the rule.
     num_tasks: T; needed at `init` by a rule with memory.
-    seed: an int or a typed key, for a random rule.
+    seed: an int or a key, for a random rule.
     axes: the mapped axes.
     head_scale: default of `shared_only` for this aggregator.
     extra_batches: number of further stacks the rule needs.
     weights: what `Combined.weights` are coefficients of: the task
-      `'gradients'`, gradients the rule `'tracked'`, or `'none'`.
+      `'gradients'`, gradients the rule `'tracked'`, or `'none'` if there are
+      none.
+    residual: whether the rule has one; None to find out by tracing it at
+      `init`, for a rule of unknown origin.
 
   Returns:
     An aggregator with an `AggregatorState`.
 
   Raises:
-    TypeError: for a seed that is neither an integer nor a typed key.
+    TypeError: for a seed that is neither an integer nor a key.
     ValueError: for a wrong `num_tasks`; at `init` of a rule with memory without
       `num_tasks`; at `update` for leaves without a task axis, of different T or
       unlike `params`, and for another number of `extra_grads`.
@@ -198,6 +261,7 @@ def lift(
   axes = axes or aggregation.Axes()
 
   def init(params):
+    aggregation.check_parameters(params)
     key = own_key(seed)
     if num_tasks is None:
       if memory is not None:
@@ -213,33 +277,16 @@ def lift(
     remembered = None
     if memory is not None:
       remembered = memory(num_tasks, params, dtype)
-    stack = jax.tree.map(
-      lambda p: jax.ShapeDtypeStruct((num_tasks, *p.shape), p.dtype), params
-    )
-    # Only whether there are weights and a residual is read off; the axes are
-    # unknown where a state is made.
-    shapes = jax.eval_shape(
-      lambda given: combine(given._replace(axes=aggregation.Axes()))[1:3],
-      Given(
-        task_grads=stack,
-        gram=jax.ShapeDtypeStruct((num_tasks, num_tasks), dtype),
-        losses=jax.ShapeDtypeStruct((num_tasks,), dtype),
-        active=jax.ShapeDtypeStruct((num_tasks,), bool),
-        key=key,
-        memory=remembered,
-        extra_grads=(stack,) * extra_batches,
-        axes=None,
-        unmasked=stack,
-      ),
-    )
-    task_weights, residual = shapes
+    has_residual = residual
+    if residual is None:
+      has_residual = _has_residual(
+        combine, params, num_tasks, dtype, key, remembered, extra_batches
+      )
     return AggregatorState(
-      task_weights=None
-      if task_weights is None
-      else jnp.zeros(num_tasks, dtype),
+      task_weights=None if weights == 'none' else jnp.zeros(num_tasks, dtype),
       gram=jnp.zeros((num_tasks, num_tasks), dtype),
       mean_cosine=jnp.zeros((), dtype),
-      residual=None if residual is None else jnp.zeros((), dtype),
+      residual=jnp.zeros((), dtype) if has_residual else None,
       key=key,
       memory=remembered,
     )
@@ -255,6 +302,16 @@ def lift(
     **unused,
   ):
     del unused
+    # An update is sharded as its rows are, and a state for ever as it began.
+    specs = lambda: (
+      jax.tree.map(meshes.row_spec, task_grads),
+      jax.tree.map(meshes.spec, state),
+    )
+    return meshes.with_automatic_axes(
+      combined, specs, task_grads, state, params, losses, active, extra_grads
+    )
+
+  def combined(task_grads, state, params, losses, active, extra_grads):
     size = aggregation.check_task_axis(task_grads, params, num_tasks)
     extra_grads = check_extra_grads(extra_grads, extra_batches)
     for stack in extra_grads:
@@ -270,9 +327,7 @@ def lift(
         present, (task_grads, extra_grads)
       )
       losses = None if losses is None else jnp.where(present, losses, 1)
-    key, draw = state.key, None
-    if key is not None:
-      key, draw = jax.random.split(key)
+    key, draw = _draw(state.key)
     found = combine(
       Given(
         task_grads,
@@ -321,6 +376,7 @@ def lift(
       head_scale=head_scale,
       extra_batches=extra_batches,
       weights=weights,
+      residual=residual,
     )
 
   lifted = aggregation.Aggregator(

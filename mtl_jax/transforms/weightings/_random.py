@@ -66,14 +66,14 @@ def rlw(
 
   Args:
     distribution: one of the names above.
-    seed: an int or a typed key, copied into the state by `init`.
+    seed: an int or a key, copied into the state by `init`.
 
   Returns:
     A `LossWeighting` with a `RlwState`.
 
   Raises:
     ValueError: for another distribution.
-    TypeError: for a seed that is neither an integer nor a typed key.
+    TypeError: for a seed that is neither an integer nor a key.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax

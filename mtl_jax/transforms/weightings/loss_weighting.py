@@ -42,6 +42,10 @@ class LossWeighting(NamedTuple):
   update: Callable[..., tuple[jax.Array, Any]]
   after_step: Callable[..., Any] | None = None
 
+  def instead_of_aggregator(self) -> str:
+    """What an error says where an aggregator is expected."""
+    return 'got a loss weighting; wrap it, as in weighted(mtl_jax.si())'
+
 
 def present_losses(
   losses: Any, active: Any, state: Any = ()
@@ -59,11 +63,13 @@ def present_losses(
   Raises:
     ValueError: for other shapes.
   """
-  losses = jnp.asarray(losses)
+  losses = aggregation.as_vector('losses', losses)
   if losses.ndim != 1:
     raise ValueError(f'losses must have shape [tasks], got {losses.shape}')
   size = losses.shape[0]
   for leaf in jax.tree.leaves(state):
+    if arguments.is_raw_key(leaf):
+      continue
     if leaf.shape and leaf.shape[0] != size:
       raise ValueError(
         f'losses must have shape ({leaf.shape[0]},), as many as the tasks the '

@@ -76,7 +76,7 @@ def every(
     authors' code)
   """
   arguments.check_count('k', k)
-  inner = aggregation.as_aggregator(aggregator)
+  inner = aggregation.as_inner('every', aggregator)
   aggregation.check_weights('every', inner)
   if num_tasks is not None:
     inner = inner.for_tasks(num_tasks)

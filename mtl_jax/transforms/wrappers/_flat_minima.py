@@ -14,6 +14,7 @@ from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import diagnosis
 from mtl_jax.transforms.contract import labels
 from mtl_jax.transforms.contract import lifting
+from mtl_jax.transforms.contract import meshes
 from mtl_jax.transforms.wrappers import _shared_only
 from mtl_jax.transforms.wrappers import ball
 
@@ -120,10 +121,11 @@ def flat_minima(
     same batch and the same randomness as the gradients passed in. Around a
     method that needs `extra_grads`, `update` also needs `extra_grad_fn`, from
     task parameters to a tuple of such stacks: their flat gradients are taken at
-    the same perturbed parameters.
+    the same perturbed parameters. `losses` and `active` may be {task: value}.
 
   Raises:
-    TypeError: for a radius that is no number and no schedule.
+    TypeError: for anything that is no aggregator, and for a radius that is no
+      number and no schedule.
     ValueError: for a negative radius or eps, another `norm`, `combine`,
       `head_scale` or `perturbation`, `'per_device'` without `axis_name`, a
       combiner with state or without use; at `update` without
@@ -158,7 +160,7 @@ def flat_minima(
   """
   names = labels.check_task_names(task_names)
   size = len(names)
-  inner = aggregation.as_aggregator(aggregator).for_tasks(size)
+  inner = aggregation.as_inner('flat_minima', aggregator).for_tasks(size)
   axes = inner.axes
   arguments.one_of('norm', norm, ('separate', 'joint'))
   arguments.one_of('combine', combine, _COMBINATIONS)
@@ -175,6 +177,8 @@ def flat_minima(
   radius = radius_heads = ball.schedule('rho', rho)
   if rho_heads is not None:
     radius_heads = ball.schedule('rho_heads', rho_heads)
+  if combiner is not None:
+    combiner = aggregation.as_inner('flat_minima', combiner, 'combiner')
   two_states = combine in ('separate', 'second')
 
   def add(first, second):
@@ -230,6 +234,8 @@ def flat_minima(
       )
     partition = labels.Partition(param_labels, params, names)
     param_leaves = partition.leaves(params)
+    losses = aggregation.in_order('losses', losses, names)
+    active = aggregation.in_order('active', active, names)
     present = None
     if active is not None:
       present = aggregation.full_active(active, size)
@@ -246,17 +252,29 @@ def flat_minima(
         for g, owner in zip(leaves, partition.owners, strict=True)
       ]
 
-    task_params = ball.perturbed(
-      partition,
-      read(task_grads),
+    grads = read(task_grads)
+
+    def perturb(grads, params, radii, present):
+      return ball.perturbed(
+        partition,
+        grads,
+        params,
+        rho=radii[0],
+        rho_heads=radii[1],
+        adaptive=adaptive,
+        norm=norm,
+        eps=eps,
+        axes=axes,
+        present=present,
+      )
+
+    task_params = meshes.with_automatic_axes(
+      perturb,
+      lambda: partition.tree([meshes.spec(g) for g in grads]),
+      grads,
       param_leaves,
-      rho=radius(state.count),
-      rho_heads=radius_heads(state.count),
-      adaptive=adaptive,
-      norm=norm,
-      eps=eps,
-      axes=axes,
-      present=present,
+      (radius(state.count), radius_heads(state.count)),
+      present,
     )
     task_params = axes.replicate(task_params)
     # Those of the batch itself first, of further batches after it.
@@ -279,6 +297,17 @@ def flat_minima(
 
     shared_params = partition.shared(param_leaves)
 
+    def flat_part(loss, sam):
+      return meshes.with_automatic_axes(
+        lambda loss, sam, present: ball.flat_part(
+          partition, loss, sam, axes, present
+        ),
+        lambda: [meshes.spec(g) for g in sam],
+        loss,
+        sam,
+        present,
+      )
+
     def call(stacks, inner_state):
       return inner.aggregate(
         stacks[0],
@@ -297,7 +326,7 @@ def flat_minima(
     else:
       loss = [partition.shared(leaves) for leaves in loss_stacks]
       flat = [
-        partition.shared(ball.flat_part(partition, *pair, axes, present))
+        partition.shared(flat_part(*pair))
         for pair in zip(loss_stacks, sam_stacks, strict=True)
       ]
       if combine == 'each':
@@ -337,4 +366,5 @@ def flat_minima(
     axes=axes if perturbation == 'global' else axes._replace(axis_name=None),
     head_scale=head_scale,
     extra_batches=inner.extra_batches,
+    outermost=True,
   )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import diagnosis
 from mtl_jax.transforms.contract import labels
 
@@ -70,7 +71,7 @@ def per_group(
     aggregation is from Chen et al., `Just Pick a Sign
     <https://arxiv.org/abs/2010.06808>`_, 2020, section 4
   """
-  inner = aggregation.as_aggregator(aggregator)
+  inner = aggregation.as_inner('per_group', aggregator)
 
   def split(tree):
     """The tree once for each group, with other groups' leaves masked."""
@@ -140,7 +141,13 @@ def per_group(
 
 def _fold_keys(state: Any, index: int) -> Any:
   """The state with keys of its own, so that no two groups draw the same."""
-  is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-  return jax.tree.map(
-    lambda x: jax.random.fold_in(x, index) if is_key(x) else x, state
-  )
+
+  def fold(path, leaf):
+    typed = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    # A raw key is a plain array, and known by the name of its field alone.
+    raw = path and path[-1] == jax.tree_util.GetAttrKey('key')
+    if typed or (raw and arguments.is_raw_key(leaf)):
+      return jax.random.fold_in(leaf, index)
+    return leaf
+
+  return jax.tree_util.tree_map_with_path(fold, state)

@@ -60,13 +60,16 @@ def shared_only(
 
   Returns:
     An aggregator: shared leaves [T, *shape] and head leaves [*shape] in, leaves
-    [*shape] out. Its state is that of `aggregator`.
+    [*shape] out. Its state is that of `aggregator`. At `update`, `losses` and
+    `active` may be {task: value} too.
 
   Raises:
-    ValueError: for another `head_scale`, for an aggregator of another number
-      of tasks, for `'weights'` with a method without
-      weights, for labels that are no task; at `update` for leaves of another
-      shape.
+    TypeError: for anything that is no aggregator.
+    ValueError: for `flat_minima`, for another `head_scale`, for an aggregator
+      of another number of tasks, for `'weights'` with a method without weights;
+      at `init` and `update` for labels that are no task and for leaves that are
+      neither frozen nor real floating-point arrays; at `update` for leaves of
+      another shape.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -81,7 +84,7 @@ def shared_only(
     [0.308 0.462] [1.]
   """
   names = labels.check_task_names(task_names)
-  inner = aggregation.as_aggregator(aggregator).for_tasks(len(names))
+  inner = aggregation.as_inner('shared_only', aggregator).for_tasks(len(names))
   head_scale = inner.head_scale if head_scale is None else head_scale
   arguments.one_of('head_scale', head_scale, HEAD_SCALES)
 
@@ -94,7 +97,9 @@ def shared_only(
       head_weights(state)
     return state
 
-  def aggregate(task_grads, state, params=None, *, active=None, **extra_args):
+  def aggregate(
+    task_grads, state, params=None, *, losses=None, active=None, **extra_args
+  ):
     partition = labels.Partition(param_labels, task_grads, names)
     grads = partition.leaves(task_grads)
     if inner.extra_batches:
@@ -111,7 +116,9 @@ def shared_only(
       shared_params = partition.shared(param_leaves)
     present = None
     if active is not None:
+      active = aggregation.in_order('active', active, names)
       present = aggregation.full_active(active, len(names))
+    extra_args['losses'] = aggregation.in_order('losses', losses, names)
     shared_updates, state = inner.aggregate(
       partition.shared(grads),
       state,
