@@ -112,6 +112,11 @@ def make_config(
       'batch_size': 256,
       'epochs': 1,
       'seed': seed,
+      # How the method is evaluated (mtl_jax/updates): 'stack' of all task
+      # gradients; for methods that look at inner products alone 'gram', pairs
+      # of tasks at a time, or 'ghost', without the task gradients of dense
+      # layers; 'features', another method: tasks are combined at the features.
+      'joint_update': 'stack',
       # How the T gradients are computed: 'unroll', 'vmap', 'scan', or 'auto',
       # which chooses by platform.
       'engine': 'auto',

@@ -129,7 +129,13 @@ class Model(NamedTuple):
     apply: `(params, model_state, batch, *, train, key) -> (predictions,
       model_state)`. With `train=False` the state comes back unchanged and `key`
       is not needed.
+    features: like `apply`, up to where heads begin: `-> (features,
+      model_state)`. None for a model whose tasks share no features.
+    heads: `(params, features) -> predictions`. With both `apply` is `heads` of
+      `features`.
   """
 
   init: Callable[..., tuple[Params, ModelState]]
   apply: Callable[..., tuple[Predictions, ModelState]]
+  features: Callable[..., tuple[Any, ModelState]] | None = None
+  heads: Callable[[Params, Any], Predictions] | None = None

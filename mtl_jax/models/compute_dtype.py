@@ -47,14 +47,27 @@ def in_dtype(model: types.Model, dtype: str) -> types.Model:
   if wanted == jnp.float32:
     return model
 
+  def lowered(fn):
+    """`apply` or `features`; what it returns keeps its dtype."""
+
+    def run(params, model_state, batch, **options):
+      batch = {**batch, 'image': _cast(batch['image'], wanted)}
+      return fn(_cast(params, wanted), model_state, batch, **options)
+
+    return run
+
   def apply(params, model_state, batch, **options):
-    batch = {**batch, 'image': _cast(batch['image'], wanted)}
-    predictions, model_state = model.apply(
-      _cast(params, wanted), model_state, batch, **options
+    predictions, model_state = lowered(model.apply)(
+      params, model_state, batch, **options
     )
     return _cast(predictions, jnp.float32), model_state
 
-  return types.Model(model.init, apply)
+  def heads(params, features):
+    return _cast(model.heads(_cast(params, wanted), features), jnp.float32)
+
+  if model.features is None:
+    return types.Model(model.init, apply)
+  return types.Model(model.init, apply, lowered(model.features), heads)
 
 
 def _cast(tree, dtype):

@@ -76,17 +76,22 @@ def _shared(trunk, tasks):
     }
     return {'shared': params, 'heads': heads}, state
 
-  def apply(params, model_state, batch, *, train, key=None):
-    features, state = _apply_trunk(
+  def features(params, model_state, batch, *, train, key=None):
+    return _apply_trunk(
       trunk, params['shared'], model_state, _image(batch), train, key
     )
-    predictions = {
-      task.name: _apply_head(task, params['heads'][task.name], features)
+
+  def heads(params, found):
+    return {
+      task.name: _apply_head(task, params['heads'][task.name], found)
       for task in tasks
     }
-    return predictions, state
 
-  return types.Model(init, apply)
+  def apply(params, model_state, batch, *, train, key=None):
+    found, state = features(params, model_state, batch, train=train, key=key)
+    return heads(params, found), state
+
+  return types.Model(init, apply, features, heads)
 
 
 def _separate(trunk, tasks):

@@ -3,6 +3,7 @@
 import ml_collections
 
 from mtl_jax import gradients
+from mtl_jax.train import build
 from mtl_jax.train import sharding
 
 _POSITIVE = (
@@ -19,6 +20,7 @@ _CHOICES = {
   'data.split': ('holdout', 'paper'),
   'data.placement': ('host', 'device'),
   'engine': gradients.ENGINES,
+  'joint_update': build.UPDATES,
   'compute_dtype': ('float32', 'bfloat16'),
   'perturbation': ('global', 'per_device'),
   'parallel.batch_norm': ('global', 'per_device'),
@@ -36,6 +38,7 @@ ENTRIES = {
   '': (
     *('problem', 'data', 'model', 'method', 'optimizer', 'parallel'),
     *('batch_size', 'epochs', 'seed', 'engine', 'perturbation'),
+    'joint_update',
     *('micro_batches', 'steps_per_call', 'compute_dtype', 'precision'),
     *('eval_every_epochs', 'log_every_steps', 'checkpoint_every_steps'),
     'keep_checkpoints',

@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from mtl_jax import gradients
 from mtl_jax import models
 from mtl_jax import problems
 from mtl_jax import types
 from mtl_jax.data import pipeline
+from mtl_jax.train import build
 from mtl_jax.train import calls
 from mtl_jax.train import checks
 from mtl_jax.train import distributed
-from mtl_jax.train import optimizer
+from mtl_jax.train import evaluate
+from mtl_jax.train import objective as objectives
 from mtl_jax.train import placement
-from mtl_jax.train import replicas
 from mtl_jax.train import sharding
 from mtl_jax.train import step as steps
 from mtl_jax.train import window as windows
@@ -141,7 +143,7 @@ class Experiment:
     ):
       batch = distributed.put_batch(batch, self.mesh)
       sums = self.eval_step(state.params, state.model_state, batch, sums)
-    return steps.finish_eval(self.problem, jax.device_get(sums))
+    return evaluate.finish_eval(self.problem, jax.device_get(sums))
 
 
 def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
@@ -178,35 +180,27 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   epoch = pipeline.steps_per_epoch(sources['train'], config.batch_size)
   total_steps = config.epochs * epoch
   calls.check_steps_per_call(config, epoch)
-  tx, weighting, extra_batches, after_step = optimizer.make_optimizer(
-    config,
-    problem.task_names,
-    total_steps,
-    axis_name=axis_name,
-    perturbation=config.perturbation,
-    steps_per_epoch=epoch,
+  losses = layout.around(
+    gradients.task_losses(
+      objectives.objective(problem, model, axis_name=axis_name),
+      problem.task_names,
+      engine=config.engine,
+      micro_batches=config.micro_batches,
+      axis_name=axis_name,
+    )
   )
-  step = steps.make_train_step(
-    problem,
-    model,
-    tx,
-    seed=config.seed,
-    engine=config.engine,
-    micro_batches=config.micro_batches,
-    extra_batches=extra_batches,
-    weighting=weighting,
-    lookahead=config.optimizer.learning_rate,
-    after_step=after_step,
-    axis_name=axis_name,
-    layout=layout,
+  joint = build.joint_update(
+    config, problem.task_names, axis_name=axis_name, steps_per_epoch=epoch
   )
+  tx = build.optimizer(config, total_steps)
+  step = steps.make_train_step(problem, losses, joint, tx, seed=config.seed)
   if axis_name is not None:
-    step = replicas.per_device(step, mesh)
-  eval_step = steps.make_eval_step(problem, model)
+    step = sharding.per_device(step, mesh)
+  eval_step = evaluate.make_eval_step(problem, model)
 
   def init(batch):
     return steps.init_state(
-      problem, model, tx, seed=config.seed, batch=batch, weighting=weighting
+      problem, model, joint, tx, seed=config.seed, batch=batch
     )
 
   def step_and_add(state, batch):

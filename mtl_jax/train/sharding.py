@@ -123,8 +123,8 @@ class Layout:
       step=self._named(),
       params=self.of_params(params),
       model_state=jax.tree.map(lambda _: self._named(), state.model_state),
+      joint=updating(state.joint),
       opt_state=updating(state.opt_state),
-      weighting=updating(state.weighting),
     )
 
   def gather(self, params: types.Params) -> types.Params:
@@ -138,6 +138,35 @@ class Layout:
       lambda x, shards: _gathered(x, self._named(), shards),
       params,
       self.of_params(params),
+    )
+
+  def around(self, losses: gradients.TaskLosses) -> gradients.TaskLosses:
+    """The same losses, with parameters and task gradients laid out.
+
+    Args:
+      losses: of `mtl_jax.task_losses`.
+
+    Returns:
+      A `TaskLosses`. It has no dense form where parameters are sharded.
+
+    Raises:
+      ValueError: see `engine`.
+    """
+    objective = losses.objective
+    if self._parameter_axes:
+      gathered = lambda fn: (
+        None
+        if fn is None
+        else lambda params, *args: fn(self.gather(params), *args)
+      )
+      objective = gradients.Objective(*map(gathered, objective))
+      objective = objective._replace(dense_loss_fn=None)
+    return dataclasses.replace(
+      losses,
+      objective=objective,
+      engine=self.engine(losses.engine),
+      place=self.task_grad,
+      task_devices=self.task_devices,
     )
 
   def task_grad(self, fns: gradients.TaskGrad) -> gradients.TaskGrad:
@@ -240,3 +269,27 @@ def _gathered_backward(whole, shards, _, cotangent):
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def per_device(step: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A step that every device runs by itself, on its rows of the batch.
+
+  Args:
+    step: `(state, batch) -> (state, metrics)` of `make_train_step`, of losses
+      with `axis_name='data'`.
+    mesh: of `distributed.make_mesh`.
+
+  Returns:
+    The same function of the global state, which every device holds whole, and
+    the global batch.
+  """
+  spec = jax.sharding.PartitionSpec
+  return jax.shard_map(
+    step,
+    mesh=mesh,
+    in_specs=(spec(), spec(distributed.DATA_AXIS)),
+    out_specs=spec(),
+    # With the check on, the gradient of a replicated parameter is summed over
+    # devices before anyone can perturb by it.
+    check_vma=False,
+  )

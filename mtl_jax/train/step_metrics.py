@@ -1,4 +1,4 @@
-"""What a step tells of itself: sums of metrics, and diagnostics by name."""
+"""What a step reports: losses, metrics and diagnostics, by name."""
 
 import dataclasses
 
@@ -58,17 +58,41 @@ def finish(problem, sums):
   }
 
 
-def shown(opt_state, names, left_out, param_labels, params):
+def of_step(problem, param_labels, found, active, states):
+  """What a step reports, {name: scalar}; see `make_train_step`.
+
+  Args:
+    problem: the problem.
+    param_labels: see `mtl_jax.shared_only`.
+    found: of the joint update.
+    active: bool [T], the tasks whose labels changed the parameters.
+    states: of the joint update and the optimizer, after the step.
+  """
+  names = problem.task_names
+  present = active.astype(found.losses.dtype)
+  total = jnp.sum(jnp.where(active, found.losses, 0))
+  return {
+    'loss': total / jnp.maximum(jnp.sum(present), 1),
+    **{f'{task}/loss': found.losses[i] for i, task in enumerate(names)},
+    **{f'{task}/present': present[i] for i, task in enumerate(names)},
+    **finish(problem, found.aux.sum),
+    **_shown(states, names, param_labels, found.grads),
+  }
+
+
+def _shown(states, names, param_labels, params):
   """Diagnostics as scalars: those of the loss gradients without a prefix.
 
   Where there are several aggregators, as of groups of parameters, their place
-  follows the name. Where nothing is shared tasks cannot conflict, and there is
-  nothing but the steps that were left out.
+  follows the name. Where nothing is shared tasks cannot conflict, and only
+  skipped steps are reported.
   """
   labels = param_labels(params) if callable(param_labels) else param_labels
   together = 'shared' in jax.tree.leaves(labels)
   metrics = {}
-  for name, value in transforms.diagnostics(opt_state).items():
+  left_out = transforms.left_out(states)
+  seen = [transforms.diagnostics(state) for state in states]
+  for name, value in [item for one in seen for item in one.items()]:
     *parts, kind = name.split('/')
     flat = 'flat' in parts
     place = ''.join(f'/{p}' for p in parts if p not in ('loss', 'flat'))

@@ -121,8 +121,11 @@ def cr_mogm(
     state = old.inner
     # Where a state is made the axes are not bound, and nothing but the shapes
     # of the aggregator's state is asked for.
-    if given.axes == inner.axes:
-      _, state = inner.for_tasks(active.shape[0]).aggregate(
+    sized = inner.for_tasks(active.shape[0])
+    if given.task_grads is None and sized.weigh is not None:
+      state = sized.weigh(given.gram, state, losses=given.losses, active=active)
+    elif given.axes == inner.axes:
+      _, state = sized.aggregate(
         given.task_grads,
         state,
         losses=given.losses,
@@ -155,6 +158,7 @@ def cr_mogm(
     extra_batches=inner.extra_batches,
     # That of the aggregator, whatever it is.
     residual=None,
+    gram_only=inner.weigh is not None,
   )
 
 

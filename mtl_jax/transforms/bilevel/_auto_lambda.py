@@ -12,6 +12,7 @@ import optax
 from mtl_jax.transforms.bilevel import _bilevel
 from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import arguments
+from mtl_jax.transforms.contract import bilevel_weighting
 from mtl_jax.transforms.weightings import task_optimizer
 
 
@@ -45,7 +46,7 @@ def auto_lambda(
   primary: Sequence[int] | None = None,
   initial: float = 0.1,
   optimizer: optax.GradientTransformation | None = None,
-) -> _bilevel.BilevelWeighting:
+) -> bilevel_weighting.BilevelWeighting:
   r"""Weights that a look-ahead finds good for the primary tasks.
 
   .. math::
@@ -164,4 +165,4 @@ def auto_lambda(
     weights = jnp.where(present, lambdas, 0)
     return weights, AutoLambdaState(lambdas, weights, hypergradient, opt_state)
 
-  return _bilevel.BilevelWeighting(init, update)
+  return bilevel_weighting.BilevelWeighting(init, update)

@@ -12,8 +12,9 @@ from mtl_jax.transforms.bilevel import _bilevel
 from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import algebra
 from mtl_jax.transforms.contract import arguments
+from mtl_jax.transforms.contract import bilevel_weighting
+from mtl_jax.transforms.contract import loss_weighting
 from mtl_jax.transforms.solvers import constrained
-from mtl_jax.transforms.weightings import loss_weighting
 from mtl_jax.transforms.weightings import task_optimizer
 
 
@@ -59,7 +60,7 @@ def forum(
   normalization: str = 'none',
   beta: float | Callable[[jax.Array], Any] | None = None,
   optimizer: optax.GradientTransformation | None = None,
-) -> _bilevel.BilevelWeighting:
+) -> bilevel_weighting.BilevelWeighting:
   r"""Bilevel weights from first derivatives alone (FORUM).
 
   With the training losses L, the validation losses V, the weighted training
@@ -256,4 +257,4 @@ def forum(
       opt_state=opt_state,
     )
 
-  return _bilevel.BilevelWeighting(init, update)
+  return bilevel_weighting.BilevelWeighting(init, update)

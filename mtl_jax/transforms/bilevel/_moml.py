@@ -10,8 +10,9 @@ import optax
 from mtl_jax.transforms.bilevel import _bilevel
 from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import arguments
+from mtl_jax.transforms.contract import bilevel_weighting
+from mtl_jax.transforms.contract import loss_weighting
 from mtl_jax.transforms.solvers import simplex
-from mtl_jax.transforms.weightings import loss_weighting
 from mtl_jax.transforms.weightings import task_optimizer
 
 _NORMALIZATIONS = ('none', 'l2', 'loss')
@@ -52,7 +53,7 @@ def moml(
   *,
   normalization: str = 'none',
   optimizer: optax.GradientTransformation | None = None,
-) -> _bilevel.BilevelWeighting:
+) -> bilevel_weighting.BilevelWeighting:
   r"""Weights along a common descent of all validation losses.
 
   .. math::
@@ -188,4 +189,4 @@ def moml(
     found = simplex.min_norm(gram, present)
     return found._replace(weights=jnp.where(present, found.weights, 0))
 
-  return _bilevel.BilevelWeighting(init, update)
+  return bilevel_weighting.BilevelWeighting(init, update)

@@ -136,6 +136,13 @@ class Aggregator(aggregating.Aggregator):
       `num_tasks`, for a wrapper that knows the tasks.
     outermost: whether `update` evaluates gradients itself, so that no wrapper
       may show it a part of the parameters.
+    weigh: `(gram [T, T], state, *, losses=None, active=None, **extra_args) ->
+      state`, whose `task_weights` are those that `aggregate` would have given
+      rows with these inner products. None for a method that needs more than
+      inner products. For aggregators made with `num_tasks`.
+    after_step: `(new_losses [T], state, *, active=None) -> state`, with the
+      losses of the same batch after the parameters have moved. None for a
+      method that does not look at them.
   """
 
   aggregate: Callable[..., tuple[Any, Any]]
@@ -145,6 +152,8 @@ class Aggregator(aggregating.Aggregator):
   weights: str
   for_tasks: Callable[[int], 'Aggregator']
   outermost: bool
+  weigh: Callable[..., Any] | None
+  after_step: Callable[..., Any] | None
 
   def __new__(
     cls,
@@ -157,6 +166,8 @@ class Aggregator(aggregating.Aggregator):
     weights: str = 'none',
     for_tasks: Callable[[int], 'Aggregator'] | None = None,
     outermost: bool = False,
+    weigh: Callable[..., Any] | None = None,
+    after_step: Callable[..., Any] | None = None,
   ):
     axes = (axes or Axes()).check()
 
@@ -179,6 +190,8 @@ class Aggregator(aggregating.Aggregator):
     self.weights = weights
     self.for_tasks = for_tasks or (lambda num_tasks: self)
     self.outermost = outermost
+    self.weigh = weigh
+    self.after_step = after_step
     return self
 
 

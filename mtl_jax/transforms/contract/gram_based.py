@@ -144,4 +144,5 @@ def from_gram(
     head_scale=head_scale,
     extra_batches=extra_batches,
     residual=residual,
+    gram_only=not extra_batches,
   )

@@ -96,10 +96,8 @@ class Partition:
         )
       if label != FROZEN:
         aggregation.check_leaf('parameter', leaf, path or 'the root')
-    self.owners = [
-      task_names.index(label) if label in task_names else None
-      for label in self.labels
-    ]
+    place = {task: i for i, task in enumerate(task_names)}
+    self.owners = [place.get(label) for label in self.labels]
 
   def leaves(self, tree: Any) -> list[Any]:
     """The leaves of a tree of this structure, in the order of `labels`."""
@@ -113,6 +111,37 @@ class Partition:
   def tree(self, leaves: Sequence[Any]) -> Any:
     """The tree with these leaves."""
     return jax.tree.unflatten(self._structure, leaves)
+
+  def split(
+    self, tree: Any
+  ) -> tuple[list[Any], dict[str, list[Any]], list[Any]]:
+    """A tree of this structure as its parts.
+
+    Args:
+      tree: parameters, task gradients or task parameters.
+
+    Returns:
+      The shared leaves, `{task: leaves of its head}` in the order of the
+      tasks, and the frozen leaves.
+    """
+    shared: list[Any] = []
+    frozen: list[Any] = []
+    heads: dict[str, list[Any]] = {task: [] for task in self.task_names}
+    parts = {SHARED: shared, FROZEN: frozen, **heads}
+    for leaf, label in zip(self.leaves(tree), self.labels, strict=True):
+      parts[label].append(leaf)
+    return shared, heads, frozen
+
+  def join(
+    self,
+    shared: Sequence[Any],
+    heads: Mapping[str, Sequence[Any]],
+    frozen: Sequence[Any],
+  ) -> Any:
+    """The tree with these parts; undoes `split`."""
+    parts = {SHARED: iter(shared), FROZEN: iter(frozen)}
+    parts |= {task: iter(head) for task, head in heads.items()}
+    return self.tree([next(parts[label]) for label in self.labels])
 
   def shared(self, leaves: Sequence[Any]) -> Any:
     """The tree with `optax.MaskedNode` wherever a leaf is not shared."""

@@ -226,6 +226,8 @@ def lift(
   extra_batches: int = 0,
   weights: str = 'gradients',
   residual: bool | None = False,
+  gram_only: bool = False,
+  after_step: Callable[..., Any] | None = None,
 ) -> aggregation.Aggregator:
   """Makes an aggregator of a rule.
 
@@ -245,6 +247,10 @@ def lift(
       none.
     residual: whether the rule has one; None to find out by tracing it at
       `init`, for a rule of unknown origin.
+    gram_only: whether the rule looks at nothing of the task gradients but
+      their Gram matrix, keeps no memory of another shape, and can do without
+      them: `Given.task_grads` may be None, as `Combined.updates` is then.
+    after_step: see `Aggregator`.
 
   Returns:
     An aggregator with an `AggregatorState`.
@@ -327,6 +333,24 @@ def lift(
         present, (task_grads, extra_grads)
       )
       losses = None if losses is None else jnp.where(present, losses, 1)
+    given = (task_grads, gram, losses, present, extra_grads, unmasked)
+    return advance(*given, state, masked=active is not None)
+
+  def weigh(gram, state, *, losses=None, active=None, **unused):
+    del unused
+    size = gram.shape[0]
+    present = aggregation.full_active(active, size)
+    losses = aggregation.check_losses(losses, size)
+    if active is not None:
+      gram = jnp.where(present[:, None] & present[None, :], gram, 0)
+      losses = None if losses is None else jnp.where(present, losses, 1)
+    given = (None, gram, losses, present, (), None)
+    return advance(*given, state, masked=active is not None)[1]
+
+  def advance(
+    task_grads, gram, losses, present, extra_grads, unmasked, state, *, masked
+  ):
+    """The update, and the state after it."""
     key, draw = _draw(state.key)
     found = combine(
       Given(
@@ -342,7 +366,7 @@ def lift(
       )
     )
     updates, remembered = found.updates, found.memory
-    if active is not None:
+    if masked:
       # No task: nothing moves and nothing is learnt, whatever the rule does.
       anyone = jnp.any(present)
       updates = jax.tree.map(lambda u: jnp.where(anyone, u, 0), updates)
@@ -377,6 +401,8 @@ def lift(
       extra_batches=extra_batches,
       weights=weights,
       residual=residual,
+      gram_only=gram_only,
+      after_step=after_step,
     )
 
   lifted = aggregation.Aggregator(
@@ -387,5 +413,7 @@ def lift(
     extra_batches=extra_batches,
     weights=weights,
     for_tasks=for_tasks,
+    weigh=weigh if gram_only else None,
+    after_step=after_step,
   )
   return lifted

@@ -15,13 +15,8 @@ from mtl_jax.transforms.weightings._random import rlw
 from mtl_jax.transforms.weightings._scheduled import first_then
 from mtl_jax.transforms.weightings._scheduled import scheduled_weights
 from mtl_jax.transforms.weightings._stch import stch
-from mtl_jax.transforms.weightings._weighted import after_step
-from mtl_jax.transforms.weightings._weighted import weighted
-from mtl_jax.transforms.weightings.loss_weighting import LossWeighting
 
 __all__ = [
-  'LossWeighting',
-  'after_step',
   'cosmos',
   'dtp',
   'dwa',
@@ -37,5 +32,4 @@ __all__ = [
   'static_weights',
   'stch',
   'uncertainty',
-  'weighted',
 ]

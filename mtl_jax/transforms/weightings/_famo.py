@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.transforms.contract import arguments
-from mtl_jax.transforms.weightings import loss_weighting
+from mtl_jax.transforms.contract import loss_weighting
 from mtl_jax.transforms.weightings import task_optimizer
 
 

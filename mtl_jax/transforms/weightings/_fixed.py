@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from mtl_jax.transforms.contract import arguments
-from mtl_jax.transforms.weightings import loss_weighting
+from mtl_jax.transforms.contract import loss_weighting
 
 
 def equal_weights() -> loss_weighting.LossWeighting:

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from mtl_jax.transforms.weightings import loss_weighting
+from mtl_jax.transforms.contract import loss_weighting
 
 
 def gls() -> loss_weighting.LossWeighting:

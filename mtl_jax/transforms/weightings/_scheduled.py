@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.transforms.contract import arguments
-from mtl_jax.transforms.weightings import loss_weighting
+from mtl_jax.transforms.contract import loss_weighting
 
 
 class ScheduledWeightsState(NamedTuple):

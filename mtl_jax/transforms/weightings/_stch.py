@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms.contract import arguments
-from mtl_jax.transforms.weightings import loss_weighting
+from mtl_jax.transforms.contract import loss_weighting
 
 
 class StchState(NamedTuple):

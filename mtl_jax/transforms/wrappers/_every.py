@@ -96,23 +96,35 @@ def every(
       task_grads, params, state.task_weights.shape[0]
     )
     present = aggregation.full_active(active, size)
-    due = (state.count % k == 0) | jnp.any(present != state.active)
-
-    def anew(inner_state):
-      return inner.aggregate(
-        task_grads, inner_state, params, active=active, **extra_args
-      )[1]
-
-    inner_state = jax.lax.cond(due, anew, lambda s: s, state.inner)
-    weights = jnp.where(present, inner_state.task_weights, 0)
+    anew = lambda inner_state: inner.aggregate(
+      task_grads, inner_state, params, active=active, **extra_args
+    )[1]
+    state = advance(anew, state, present)
     if active is not None:
       task_grads = algebra.keep_active(present, task_grads)
-    return algebra.weighted_sum(weights, task_grads), EveryState(
+    return algebra.weighted_sum(state.task_weights, task_grads), state
+
+  def weigh(gram, state, *, active=None, **extra_args):
+    anew = lambda inner_state: inner.weigh(
+      gram, inner_state, active=active, **extra_args
+    )
+    present = aggregation.full_active(active, gram.shape[0])
+    return advance(anew, state, present)
+
+  def advance(anew, state, present):
+    """The state after an update, whose inner one is made anew if it is due."""
+    due = (state.count % k == 0) | jnp.any(present != state.active)
+    inner_state = jax.lax.cond(due, anew, lambda s: s, state.inner)
+    return EveryState(
       inner=inner_state,
-      task_weights=weights,
+      task_weights=jnp.where(present, inner_state.task_weights, 0),
       active=present,
       count=optax.safe_increment(state.count),
     )
+
+  def after_step(new_losses, state, *, active=None):
+    moved = inner.after_step(new_losses, state.inner, active=active)
+    return state._replace(inner=moved)
 
   return aggregation.Aggregator(
     init,
@@ -122,6 +134,8 @@ def every(
     extra_batches=inner.extra_batches,
     weights='gradients',
     for_tasks=lambda size: every(k, inner.for_tasks(size)),
+    weigh=weigh if inner.weigh else None,
+    after_step=after_step if inner.after_step else None,
   )
 
 

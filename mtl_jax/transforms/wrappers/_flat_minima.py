@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
 from typing import NamedTuple
 
@@ -12,10 +13,10 @@ import optax
 from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import diagnosis
+from mtl_jax.transforms.contract import heads
 from mtl_jax.transforms.contract import labels
 from mtl_jax.transforms.contract import lifting
 from mtl_jax.transforms.contract import meshes
-from mtl_jax.transforms.wrappers import _shared_only
 from mtl_jax.transforms.wrappers import ball
 
 _COMBINATIONS = ('separate', 'direct', 'second', 'each')
@@ -162,23 +163,18 @@ def flat_minima(
   size = len(names)
   inner = aggregation.as_inner('flat_minima', aggregator).for_tasks(size)
   axes = inner.axes
-  arguments.one_of('norm', norm, ('separate', 'joint'))
   arguments.one_of('combine', combine, _COMBINATIONS)
-  arguments.one_of('head_scale', head_scale, _shared_only.HEAD_SCALES)
+  arguments.one_of('head_scale', head_scale, heads.HEAD_SCALES)
   arguments.one_of('perturbation', perturbation, _PERTURBATIONS)
   if perturbation == 'per_device' and axes.axis_name is None:
     raise ValueError(
       "perturbation='per_device' needs an aggregator made with axis_name"
     )
-  if not eps > 0:
-    raise ValueError(f'eps must be positive, got {eps}')
   if combiner is not None and combine not in ('second', 'each'):
     raise ValueError(f'combiner has no use with combine={combine!r}')
-  radius = radius_heads = ball.schedule('rho', rho)
-  if rho_heads is not None:
-    radius_heads = ball.schedule('rho_heads', rho_heads)
   if combiner is not None:
     combiner = aggregation.as_inner('flat_minima', combiner, 'combiner')
+  in_ball = ball.Perturbation(rho, rho_heads, adaptive, norm, eps)
   two_states = combine in ('separate', 'second')
 
   def add(first, second):
@@ -199,7 +195,7 @@ def flat_minima(
       )
     loss = inner.init(shared)
     if head_scale == 'weights' and any(o is not None for o in partition.owners):
-      _shared_only.head_weights(loss)
+      heads.head_weights(loss)
     return FlatMinimaState(
       loss=loss,
       flat=inner.init(shared) if two_states else optax.EmptyState(),
@@ -259,11 +255,8 @@ def flat_minima(
         partition,
         grads,
         params,
-        rho=radii[0],
-        rho_heads=radii[1],
-        adaptive=adaptive,
-        norm=norm,
-        eps=eps,
+        dataclasses.replace(in_ball, rho=radii[0], rho_heads=radii[1]),
+        state.count,
         axes=axes,
         present=present,
       )
@@ -273,7 +266,7 @@ def flat_minima(
       lambda: partition.tree([meshes.spec(g) for g in grads]),
       grads,
       param_leaves,
-      (radius(state.count), radius_heads(state.count)),
+      in_ball.radii(state.count),
       present,
     )
     task_params = axes.replicate(task_params)
@@ -342,7 +335,7 @@ def flat_minima(
 
     weights = None
     if head_scale == 'weights' and any(o is not None for o in partition.owners):
-      weights = _shared_only.head_weights(loss_state)
+      weights = heads.head_weights(loss_state)
     shared_leaves = iter(jax.tree.leaves(shared))
     updates = []
     for grad, label, owner in zip(
@@ -353,11 +346,18 @@ def flat_minima(
       elif owner is None:
         updates.append(jnp.zeros_like(grad))
       else:
-        updates.append(_shared_only.scale_head(grad, owner, weights, present))
+        updates.append(heads.scale_head(grad, owner, weights, present))
     count = optax.safe_increment(state.count)
     return partition.tree(updates), FlatMinimaState(
       loss_state, flat_state, count
     )
+
+  def after_step(new_losses, state, *, active=None):
+    move = lambda inner_state: inner.after_step(
+      new_losses, inner_state, active=active
+    )
+    flat = move(state.flat) if two_states else state.flat
+    return state._replace(loss=move(state.loss), flat=flat)
 
   return aggregation.Aggregator(
     init,
@@ -367,4 +367,5 @@ def flat_minima(
     head_scale=head_scale,
     extra_batches=inner.extra_batches,
     outermost=True,
+    after_step=after_step if inner.after_step else None,
   )

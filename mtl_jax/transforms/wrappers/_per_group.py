@@ -130,12 +130,21 @@ def per_group(
     leaves = [next(pieces[label]) for label in groups]
     return jax.tree.unflatten(structure, leaves), PerGroupState(states)
 
+  def after_step(new_losses, state, *, active=None):
+    return PerGroupState(
+      {
+        group: inner.after_step(new_losses, x, active=active)
+        for group, x in state.groups.items()
+      }
+    )
+
   return aggregation.Aggregator(
     init,
     aggregate,
     axes=inner.axes,
     extra_batches=inner.extra_batches,
     for_tasks=lambda size: per_group(inner.for_tasks(size), group_labels),
+    after_step=after_step if inner.after_step else None,
   )
 
 

@@ -1,40 +1,16 @@
 """Aggregation of the shared parameters; heads pass through."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_jax.transforms.contract import aggregation
-from mtl_jax.transforms.contract import algebra
 from mtl_jax.transforms.contract import arguments
+from mtl_jax.transforms.contract import heads
 from mtl_jax.transforms.contract import labels
 from mtl_jax.transforms.contract import lifting
-
-HEAD_SCALES = ('none', 'weights')
-
-
-def head_weights(state: Any) -> jax.Array:
-  """The task weights [T] an aggregator's state shows, to scale heads by."""
-  weights = getattr(state, 'task_weights', None)
-  if weights is None:
-    raise ValueError(
-      "head_scale='weights' needs an aggregator that shows task_weights in its "
-      f'state, got the state {type(state).__name__}'
-    )
-  return weights
-
-
-def scale_head(
-  leaf: jax.Array, owner: int, weights: jax.Array | None, active: Any
-) -> jax.Array:
-  """A head's gradient times its task's weight; zero for an absent task."""
-  if weights is not None:
-    wide = weights[owner] * leaf.astype(algebra.wide(leaf.dtype))
-    leaf = wide.astype(leaf.dtype)
-  return leaf if active is None else jnp.where(active[owner], leaf, 0)
 
 
 def shared_only(
@@ -86,7 +62,7 @@ def shared_only(
   names = labels.check_task_names(task_names)
   inner = aggregation.as_inner('shared_only', aggregator).for_tasks(len(names))
   head_scale = inner.head_scale if head_scale is None else head_scale
-  arguments.one_of('head_scale', head_scale, HEAD_SCALES)
+  arguments.one_of('head_scale', head_scale, heads.HEAD_SCALES)
 
   def init(params):
     partition = labels.Partition(param_labels, params, names)
@@ -94,7 +70,7 @@ def shared_only(
     # A user who asks for weights of a method without any is told at once;
     # where it is the method's own default, only when a head is there.
     if head_scale == 'weights' and any(o is not None for o in partition.owners):
-      head_weights(state)
+      heads.head_weights(state)
     return state
 
   def aggregate(
@@ -129,7 +105,7 @@ def shared_only(
     shared = iter(jax.tree.leaves(shared_updates))
     weights = None
     if head_scale == 'weights' and any(o is not None for o in partition.owners):
-      weights = head_weights(state)
+      weights = heads.head_weights(state)
     updates = []
     for grad, label, owner in zip(
       grads, partition.labels, partition.owners, strict=True
@@ -139,7 +115,7 @@ def shared_only(
       elif owner is None:
         updates.append(jnp.zeros_like(grad))
       else:
-        updates.append(scale_head(grad, owner, weights, present))
+        updates.append(heads.scale_head(grad, owner, weights, present))
     return partition.tree(updates), state
 
   return aggregation.Aggregator(
@@ -149,4 +125,5 @@ def shared_only(
     head_scale=head_scale,
     extra_batches=inner.extra_batches,
     weights=inner.weights,
+    after_step=inner.after_step,
   )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
 from typing import NamedTuple
 
@@ -13,6 +14,48 @@ from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import algebra
 from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturbation:
+  """How far, and in which ball, every task is perturbed.
+
+  Attributes:
+    rho: radius, in the units of the parameters, or an optax schedule of the
+      number of updates.
+    rho_heads: radius for the heads; `rho` if None.
+    adaptive: whether the ball is ASAM's, elementwise in the parameters.
+    norm: `'separate'`: shared part and head are each divided by their own norm;
+      `'joint'`: both by the norm over both.
+    eps: added to the norm.
+
+  Raises:
+    TypeError: for a radius that is neither a number nor a schedule.
+    ValueError: for a negative radius, another norm, and eps that is not
+      positive.
+  """
+
+  rho: float | Callable[[jax.Array], Any] = 0.05
+  rho_heads: float | Callable[[jax.Array], Any] | None = None
+  adaptive: bool = False
+  norm: str = 'separate'
+  eps: float = 1e-12
+
+  def __post_init__(self):
+    arguments.one_of('norm', self.norm, ('separate', 'joint'))
+    arguments.check_positive('eps', self.eps)
+    self._schedules()
+
+  def radii(self, count: Any) -> tuple[Any, Any]:
+    """Radii of the shared part and of the heads after `count` updates."""
+    of_shared, of_heads = self._schedules()
+    return of_shared(count), of_heads(count)
+
+  def _schedules(self):
+    of_shared = schedule('rho', self.rho)
+    if self.rho_heads is None:
+      return of_shared, of_shared
+    return of_shared, schedule('rho_heads', self.rho_heads)
 
 
 def schedule(name: str, rho: Any) -> Callable[[jax.Array], Any]:
@@ -50,26 +93,25 @@ class Norms(NamedTuple):
 
 
 def step_sizes(
-  squares: Norms, rho: Sequence[Any], *, norm: str, eps: float
+  squares: Norms, perturbation: Perturbation, count: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """What gradients are multiplied by to be perturbations, by part.
 
   Args:
     squares: squared norms of what is to be perturbed.
-    rho: the radii of the shared part and of the heads.
-    norm: `'separate'` or `'joint'`.
-    eps: added to the norm.
+    perturbation: the ball.
+    count: number of updates so far.
 
   Returns:
     Factors of the shared parts and of the heads, shaped like `squares`.
   """
-  if norm == 'joint':
+  if perturbation.norm == 'joint':
     both = squares.shared + squares.heads
     squares = Norms(both, both)
   # A zero gradient has no direction; eps leaves its task where it is.
   of_shared, of_heads = (
-    radius / (jnp.sqrt(square) + eps)
-    for radius, square in zip(rho, squares, strict=True)
+    radius / (jnp.sqrt(square) + perturbation.eps)
+    for radius, square in zip(perturbation.radii(count), squares, strict=True)
   )
   return of_shared, of_heads
 
@@ -109,12 +151,9 @@ def perturbed(
   partition: labels.Partition,
   grads: Sequence[Any],
   params: Sequence[Any],
+  perturbation: Perturbation,
+  count: jax.Array,
   *,
-  rho: Any,
-  rho_heads: Any,
-  adaptive: bool,
-  norm: str,
-  eps: float,
   axes: aggregation.Axes,
   present: jax.Array | None = None,
 ) -> Any:
@@ -124,11 +163,8 @@ def perturbed(
     partition: which leaves are shared.
     grads: leaves of the loss gradients; shared ones [T, *shape].
     params: leaves of the parameters.
-    rho: radius for the shared part, this update's.
-    rho_heads: radius for the heads.
-    adaptive: whether the ball is ASAM's.
-    norm: `'separate'` or `'joint'`.
-    eps: added to the norm.
+    perturbation: the ball.
+    count: number of updates so far.
     axes: the mapped axes.
     present: bool [T], the tasks to perturb; all by default. The shared rows of
       others may hold anything.
@@ -142,7 +178,7 @@ def perturbed(
     for p, label in zip(params, partition.labels, strict=True)
   ]
   scaled = grads
-  if adaptive:
+  if perturbation.adaptive:
     scaled = [
       g if label == labels.FROZEN else jnp.abs(_widen(p)) * _widen(g)
       for g, p, label in zip(grads, params, partition.labels, strict=True)
@@ -150,9 +186,7 @@ def perturbed(
   squares = _squared_norms(partition, scaled, axes)
   if present is not None:
     squares = Norms(*(jnp.where(present, x, 0) for x in squares))
-  of_shared, of_heads = step_sizes(
-    squares, (rho, rho_heads), norm=norm, eps=eps
-  )
+  of_shared, of_heads = step_sizes(squares, perturbation, count)
   moved = []
   for g, p, label, owner in zip(
     grads, params, partition.labels, partition.owners, strict=True
@@ -163,7 +197,7 @@ def perturbed(
     scale = (
       algebra.row(of_shared, g) if label == labels.SHARED else of_heads[owner]
     )
-    there = shifted(p, g, scale, adaptive)
+    there = shifted(p, g, scale, perturbation.adaptive)
     if present is not None and label == labels.SHARED:
       there = jnp.where(algebra.row(present, g), there, p)
     moved.append(there)
@@ -181,39 +215,51 @@ def shifted(
 def perturbed_task(
   grads: Sequence[Any],
   params: Sequence[Any],
-  *,
-  rho: Sequence[Any],
-  adaptive: bool,
-  norm: str,
-  eps: float,
+  perturbation: Perturbation,
+  count: jax.Array,
 ) -> list[Any]:
   """`perturbed` of one task by itself, without a task axis.
 
   Args:
     grads: the task's gradient: leaves of the shared part, leaves of its head.
     params: the parameters likewise.
-    rho: their radii.
-    adaptive: as in `perturbed`.
-    norm: as in `perturbed`.
-    eps: as in `perturbed`.
+    perturbation: the ball.
+    count: number of updates so far.
 
   Returns:
     Parameters laid out like `params`.
   """
   scaled = grads
-  if adaptive:
+  if perturbation.adaptive:
     scaled = jax.tree.map(
       lambda g, p: jnp.abs(_widen(p)) * _widen(g), grads, params
     )
   squares = Norms(*map(squared_norm, scaled))
-  scales = step_sizes(squares, rho, norm=norm, eps=eps)
+  scales = step_sizes(squares, perturbation, count)
 
   def shift(leaves, own_grads, scale):
     return jax.tree.map(
-      lambda p, g: shifted(p, g, scale, adaptive), leaves, own_grads
+      lambda p, g: shifted(p, g, scale, perturbation.adaptive),
+      leaves,
+      own_grads,
     )
 
   return list(map(shift, params, grads, scales))
+
+
+def resolved(
+  of_flat: jax.Array, of_loss: jax.Array, shared: Sequence[Any]
+) -> jax.Array:
+  """Bool [T]: which flat gradients are more than rounding.
+
+  Args:
+    of_flat: [T], squared norms of the flat gradients.
+    of_loss: [T], those of the loss gradients.
+    shared: arrays of the dtypes that gradients of the shared part have.
+  """
+  eps = max((float(jnp.finfo(x.dtype).eps) for x in shared), default=0.0)
+  # A non-finite gradient is not rounding: it has to reach the update.
+  return (of_flat > eps**2 * of_loss) | ~jnp.isfinite(of_flat)
 
 
 def flat_part(
@@ -241,12 +287,9 @@ def flat_part(
   )
   size = len(partition.task_names)
   difference = jax.tree.map(jnp.subtract, sam, loss)
-  resolution = max((float(jnp.finfo(g.dtype).eps) for g in loss), default=0.0)
   of_flat = _squared_rows(difference, size, axes)
   of_loss = _squared_rows(loss, size, axes)
-  seen = of_flat > resolution**2 * of_loss
-  # A non-finite gradient is not rounding: it has to reach the update.
-  seen = seen | ~jnp.isfinite(of_flat)
+  seen = resolved(of_flat, of_loss, loss)
   if present is not None:
     seen &= present
   if algebra.on_cpu():

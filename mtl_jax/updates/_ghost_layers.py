@@ -1,4 +1,4 @@
-"""Dense layers of which task gradients are not formed, for `ghost_updates`."""
+"""Dense layers of which task gradients are not formed, for `ghost_update`."""
 
 from collections.abc import Collection
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax import dependencies
+from mtl_jax.gradients import dependencies
 from mtl_jax.transforms.contract import algebra
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -123,7 +123,7 @@ def gram_of(kernels, grads):
   """Gram matrix [T, T] of task gradients, and what they move outputs by.
 
   Args:
-    kernels: `{layer: _Kernel}`.
+    kernels: `{layer: Kernel}`.
     grads: a `Gradient` of every task.
 
   Returns:

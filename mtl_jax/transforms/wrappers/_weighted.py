@@ -9,7 +9,7 @@ import jax
 from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import algebra
 from mtl_jax.transforms.contract import lifting
-from mtl_jax.transforms.weightings import loss_weighting
+from mtl_jax.transforms.contract import loss_weighting
 
 
 class WeightedMemory(NamedTuple):
@@ -90,7 +90,15 @@ def weighted(
       num_tasks=size,
       axes=aggregation.Axes(axis_name, reduce, shard_axis),
       head_scale='weights',
+      gram_only=True,
+      after_step=moved if weighting.after_step else None,
     )
+
+  def moved(new_losses, state, *, active=None):
+    weighting_state = weighting.after_step(
+      new_losses, state.memory.weighting, active=active
+    )
+    return state._replace(memory=WeightedMemory(weighting_state))
 
   def sized(size):
     plain = lifted(size, {})
@@ -114,6 +122,8 @@ def weighted(
       head_scale='weights',
       weights='gradients',
       for_tasks=for_tasks,
+      weigh=plain.weigh,
+      after_step=plain.after_step,
     )
 
   return sized(num_tasks)

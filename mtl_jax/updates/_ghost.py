@@ -6,40 +6,33 @@ and outputs than there are rows to multiply, that is less work and less memory
 than the gradients.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_jax import dependencies
-from mtl_jax import ghost_layers
-from mtl_jax import gradients
-from mtl_jax import gram_based
-from mtl_jax.transforms.contract import aggregation
+from mtl_jax.gradients import dependencies
+from mtl_jax.gradients import engines
+from mtl_jax.transforms import Perturbation
+from mtl_jax.transforms.contract import heads
 from mtl_jax.transforms.contract import labels
-from mtl_jax.transforms.wrappers import _shared_only
 from mtl_jax.transforms.wrappers import ball
+from mtl_jax.updates import _ghost_layers
+from mtl_jax.updates import _gram_based
+from mtl_jax.updates import _joint
 
 # The part of a sum below which float32 leaves a few per cent of it, or nothing.
 _RESOLUTION = 1e-6
 
 
 def ghost_update(
-  loss_fn: Callable[..., Any],
   aggregator: optax.GradientTransformation,
   task_names: Sequence[str],
   *,
-  rho: float | Callable[[jax.Array], Any] | None = None,
-  rho_heads: float | Callable[[jax.Array], Any] | None = None,
-  norm: str = 'separate',
+  flat: Perturbation | None = None,
   head_scale: str | None = None,
-  eps: float = 1e-12,
-  param_labels: labels.ParamLabels = labels.default_labels,
-  has_aux: bool = False,
-) -> gram_based.GramUpdate:
+) -> _joint.JointUpdate:
   r"""The update of a Gram-based method, from inputs and cotangents of layers.
 
   With the rows :math:`X` [N, in] that come into a dense layer, N the batch
@@ -50,7 +43,7 @@ def ghost_update(
     \langle X^\top D_i, X^\top D_j \rangle = \langle D_i, X X^\top D_j \rangle,
     \qquad \sum_i w_i X^\top D_i = X^\top \sum_i w_i D_i
 
-  so that T gradients of the weights are never formed. With `rho` it is the
+  so that T gradients of the weights are never formed. With `flat` it is the
   update of `flat_minima(combine='separate')`. Where :math:`X` comes from the
   batch alone, as in a first layer, task i's perturbation of the weights adds
 
@@ -77,43 +70,42 @@ def ghost_update(
   :math:`c^2`, for the gradient over c; a task whose gradient cancels to
   rounding so (:math:`c^2 < 10^{-6}`) is not perturbed.
 
+  The losses' `Objective` has `dense_loss_fn(params, dense, batch, *args)`, in
+  which `dense(x [..., in], w [in, out])` is `x @ w` in the dtype of x, for a
+  shared leaf w just as it stands in params, once a leaf and not inside of jit,
+  vmap, checkpoint or a loop. For a flax model `mtl_jax.models.intercept_dense`
+  hands its layers to `dense`. The gradient of an absent task's loss must be
+  finite or is dropped.
+
   Args:
-    loss_fn: `(params, dense, *args) -> {task: scalar}` (or an array [T]), or
-      `(losses, aux)` with `has_aux`. `dense(x [..., in], w [in, out])` is `x @
-      w` in the dtype of x, for a shared leaf w just as it stands in params,
-      once a leaf and not inside of jit, vmap, checkpoint or a loop. For a flax
-      model `mtl_jax.models.intercept_dense` hands its layers to `dense`. The
-      gradient of an absent task's loss must be finite or is left out.
     aggregator: see `gram_update`.
     task_names: the tasks, in the order of every task axis.
-    rho: radius of the perturbation, or an optax schedule of the count; None for
-      no perturbation.
-    rho_heads: see `flat_minima`.
-    norm: see `flat_minima`.
-    head_scale: see `shared_only`, and with `rho` `flat_minima`, whose defaults
-      these are.
-    eps: see `flat_minima`.
-    param_labels: see `shared_only`.
-    has_aux: whether `loss_fn` returns `(losses, aux)`.
+    flat: the perturbation of flat minima, not adaptive; None for a plain
+      update.
+    head_scale: see `gram_update`.
 
   Returns:
-    `GramUpdate(init, update)`; the state is `gram_update`'s.
+    A joint update; the state is `gram_update`'s.
 
   Raises:
-    ValueError: for an aggregator that needs more than inner products, and for
-      arguments out of range; at `update` for a w that is no shared leaf, is no
-      matrix or is used twice, or, of a layer treated so, on which a loss
-      depends by another way than `dense`.
+    ValueError: for an aggregator that needs more than inner products and for an
+      adaptive perturbation; at `update` for losses without dense layers, and if
+      w is not a shared leaf, is not a matrix or is passed to `dense` twice, or
+      if a loss uses such a leaf other than through `dense`.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
-    >>> def loss_fn(w, dense, x):
+    >>> def dense_loss_fn(w, dense, x):
     ...   y = dense(x, w)
     ...   return {'a': 3 * jnp.sum(y[:, 0]), 'b': 4 * jnp.sum(y[:, 1])}
-    >>> step = mtl_jax.ghost_update(loss_fn, mtl_jax.mgda(), ('a', 'b'))
+    >>> objective = mtl_jax.Objective(
+    ...   loss_fn=lambda w, x: dense_loss_fn(w, jnp.matmul, x),
+    ...   dense_loss_fn=dense_loss_fn)
+    >>> losses = mtl_jax.task_losses(objective, ('a', 'b'))
+    >>> joint = mtl_jax.ghost_update(mtl_jax.mgda(), ('a', 'b'))
     >>> w, x = jnp.ones((1, 2)), jnp.ones((1, 1))
-    >>> (losses, _), grads, _ = step.update(w, step.init(w), x)
-    >>> print(grads)
+    >>> found, _ = joint.update(losses.on(x), w, joint.init(w))
+    >>> print(found.grads)
     [[1.92 1.44]]
 
   References:
@@ -123,30 +115,29 @@ def ghost_update(
   """
   names = labels.check_task_names(task_names)
   size = len(names)
-  options = gram_based.Options(
-    aggregator,
-    size,
-    rho=rho,
-    rho_heads=rho_heads,
-    norm=norm,
-    head_scale=head_scale,
-    eps=eps,
+  if flat is not None and flat.adaptive:
+    raise ValueError(
+      'ghost_update has no adaptive perturbation: moved weights of its layers '
+      'are never formed'
+    )
+  method = _gram_based.GramMethod(
+    'ghost_update', aggregator, size, flat, head_scale
   )
-  inner = options.inner
 
-  def update(params, state, *args, active=None):
-    present = aggregation.full_active(active, size)
-    parts = gradients.Parts(param_labels, params, names)
-    shared, heads, frozen = parts.split(params)
+  def update(losses, params, state):
+    present = losses.active
+    partition = labels.Partition(losses.param_labels, params, names)
+    shared, own_heads, frozen = partition.split(params)
 
     def evaluate(shared, heads, ghosts, taps):
-      layers = ghost_layers.Layers(shared, ghosts, taps)
-      out = loss_fn(parts.join(shared, heads, frozen), layers, *args)
-      losses, aux = out if has_aux else (out, None)
-      return gradients.as_scalars(losses, names), aux, layers
+      layers = _ghost_layers.Layers(shared, ghosts, taps)
+      values, aux = losses.dense_losses(
+        partition.join(shared, heads, frozen), layers
+      )
+      return values, aux, layers
 
-    ghosts = ghost_layers.ghosts_of(
-      evaluate, shared, heads, size, options.is_flat
+    ghosts = _ghost_layers.ghosts_of(
+      evaluate, shared, own_heads, size, flat is not None
     )
     weights = {i: x for i, x in enumerate(shared) if i in ghosts}
     others = {i: x for i, x in enumerate(shared) if i not in ghosts}
@@ -155,52 +146,49 @@ def ghost_update(
       both = {**weights, **others}
       return [both[i] for i in range(len(shared))]
 
-    paths = parts.split(
-      jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path) or 'the root', params
-      )
+    paths = partition.split(
+      partition.tree([path or 'the root' for path in partition.paths])
     )[0]
     dependencies.check_independent(
       'losses must use what dense is given through dense alone',
-      lambda weights: evaluate(merge(weights, others), heads, ghosts, {})[0],
+      lambda weights: evaluate(merge(weights, others), own_heads, ghosts, {})[
+        0
+      ],
       weights,
       [paths[i] for i in weights],
     )
 
-    def losses_of(others, heads, taps):
-      losses, aux, layers = evaluate(
+    taps = {i: jnp.zeros(y.shape, y.dtype) for i, y in ghosts.items()}
+    # All tasks may use the other shared leaves, and the taps.
+    together, structure = jax.tree.flatten((others, taps))
+
+    def losses_of(together, heads):
+      others, taps = jax.tree.unflatten(structure, together)
+      values, aux, layers = evaluate(
         merge(weights, others), heads, ghosts, taps
       )
-      return losses, (aux, {i: layers.inputs[i] for i in ghosts})
+      inputs = {i: layers.inputs[i] for i in ghosts}
+      return dict(zip(names, values, strict=True)), (aux, inputs)
 
-    taps = {i: jnp.zeros(y.shape, y.dtype) for i, y in ghosts.items()}
-    losses, pull, (aux, inputs) = jax.linearize(
-      losses_of, others, heads, taps, has_aux=True
-    )
-    kernels = {i: ghost_layers.Kernel(x) for i, x in inputs.items()}
+    linear = engines.linearized(losses_of, partition, together, own_heads)
+    aux, inputs = linear.aux
+    kernels = {i: _ghost_layers.Kernel(x) for i, x in inputs.items()}
 
-    def keep(i, tree):
-      """Zeros for an absent task."""
-      return jax.tree.map(lambda x: jnp.where(present[i], x, 0), tree)
-
-    def pull_back(i):
-      transposed = jax.linear_transpose(
-        lambda *dots: pull(*dots)[i], others, heads, taps
+    def keep(i, of_together, of_head):
+      """A task's gradient; zeros for an absent task."""
+      gradient = _ghost_layers.Gradient(
+        *jax.tree.unflatten(structure, of_together), of_head
       )
-      of_others, of_heads, cotangents = transposed(jnp.ones_like(losses[i]))
-      return keep(
-        i, ghost_layers.Gradient(of_others, cotangents, of_heads[names[i]])
-      )
+      return jax.tree.map(lambda x: jnp.where(present[i], x, 0), gradient)
 
-    found = [pull_back(i) for i in range(size)]
-    gram, moved, sizes = ghost_layers.gram_of(kernels, found)
-    stacked = jnp.stack(losses)
-    known = jnp.where(present, stacked, 1)
-    loss_state = gram_based.weights_for(inner, gram, state.loss, known, present)
-    w = gram_based.unless_broken(loss_state.task_weights, gram, present)
+    found = [keep(i, *linear.task(i)) for i in range(size)]
+    gram, moved, sizes = _ghost_layers.gram_of(kernels, found)
+    known = jnp.where(present, linear.losses, 1)
+    given = _gram_based.Given(known, present)
+    w, loss_state = method.weights(gram, state.loss, given)
     flat_state, terms, of_heads = state.flat, [(w, found)], found
 
-    if options.is_flat:
+    if flat is not None:
       # Of a gradient that cancels to rounding neither length nor direction are
       # known.
       squares = jnp.diagonal(gram)
@@ -210,9 +198,8 @@ def ghost_update(
           jnp.where(known_length, squares, 0),
           jnp.stack([ball.squared_norm(g.head) for g in found]),
         ),
-        options.radii(state.count),
-        norm=norm,
-        eps=eps,
+        flat,
+        state.count,
       )
       scales = jnp.where(known_length, scales[0], 0), scales[1]
 
@@ -223,47 +210,49 @@ def ghost_update(
           lambda p, g: ball.shifted(p, g, scale), leaves, grads
         )
 
-        def own_loss(others, taps, head):
-          return losses_of(others, {**heads, names[i]: head}, taps)[0][i]
+        def own_loss(together, head):
+          values, _ = losses_of(together, {**own_heads, names[i]: head})
+          return values[names[i]]
 
-        sam = jax.grad(own_loss, argnums=(0, 1, 2))(
+        there = (
           move(others, found[i].others, of_shared),
           move(taps, {k: moved[k][i] for k in taps}, of_shared),
-          move(heads[names[i]], found[i].head, of_head),
         )
-        return keep(i, ghost_layers.Gradient(*sam))
+        sam = jax.grad(own_loss, argnums=(0, 1))(
+          jax.tree.leaves(there),
+          move(own_heads[names[i]], found[i].head, of_head),
+        )
+        return keep(i, *sam)
 
       of_heads = list(map(at_worst_point, range(size)))
-      flat = [
+      flat_grads = [
         jax.tree.map(jnp.subtract, *pair)
         for pair in zip(of_heads, found, strict=True)
       ]
-      v, flat_state = gram_based.weights_of_flat(
-        inner,
-        ghost_layers.gram_of(kernels, flat)[0],
+      v, flat_state = method.flat_weights(
+        _ghost_layers.gram_of(kernels, flat_grads)[0],
         gram,
         state.flat,
-        known,
-        present,
+        given,
         shared,
       )
-      terms.append((v, flat))
+      terms.append((v, flat_grads))
 
-    sums = [ghost_layers.weighted_sum(*term) for term in terms]
+    sums = [_ghost_layers.weighted_sum(*term) for term in terms]
     of_others, cotangents, _ = jax.tree.map(lambda *x: sum(x), *sums)
     of_weights = {
       i: kernels[i].gradient(cotangents[i]).astype(weights[i].dtype)
       for i in ghosts
     }
-    scale = w if options.head_scale == 'weights' else None
+    scale = w if method.head_scale == 'weights' else None
     own = {
-      task: [
-        _shared_only.scale_head(x, i, scale, present) for x in of_heads[i].head
-      ]
+      task: [heads.scale_head(x, i, scale, present) for x in of_heads[i].head]
       for i, task in enumerate(names)
     }
     zeros = jax.tree.map(jnp.zeros_like, frozen)
-    grads = parts.join(merge(of_weights, of_others), own, zeros)
-    return (stacked, aux), grads, options.next(loss_state, flat_state, state)
+    grads = partition.join(merge(of_weights, of_others), own, zeros)
+    count = optax.safe_increment(state.count)
+    state = _gram_based.GramUpdateState(loss_state, flat_state, count)
+    return _joint.Found(grads, linear.losses, aux), state
 
-  return gram_based.GramUpdate(options.init, update)
+  return _joint.JointUpdate(method.init, update, method.after_step)

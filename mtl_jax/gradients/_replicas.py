@@ -1,0 +1,85 @@
+"""Losses on one of several replicas, each with its own rows of the batch.
+
+Under plain `jit` every number refers to the global batch. Inside `shard_map` a
+replica sees its own rows only, so sums and means over replicas are explicit.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.gradients import slices
+from mtl_jax.transforms.contract import aggregation
+
+
+class Replicas(NamedTuple):
+  """The replicas that evaluate a batch together.
+
+  Attributes:
+    axis_name: the mapped axis they lie along; None under plain `jit`.
+  """
+
+  axis_name: str | None = None
+
+  def mean(self, tree: Any) -> Any:
+    """The mean over replicas, such as of losses, in the leaves' dtypes."""
+    if self.axis_name is None:
+      return tree
+    return jax.tree.map(
+      lambda x: jax.lax.pmean(x, self.axis_name).astype(x.dtype), tree
+    )
+
+  def mean_gradients(self, grads: Any) -> Any:
+    """The mean of gradients; raises where they are summed already."""
+    return aggregation.Axes(self.axis_name).average(grads)
+
+  def sum(self, tree: Any) -> Any:
+    """The sum over replicas, such as of counts and metrics."""
+    if self.axis_name is None:
+      return tree
+    return jax.lax.psum(tree, self.axis_name)
+
+  def shares(
+    self,
+    loss_fn: Callable[..., Any],
+    names: tuple[str, ...],
+    label_counts: jax.Array,
+    number: int,
+  ) -> Callable[..., Any]:
+    """The replica's shares of the losses, whose mean is the global loss.
+
+    A task's loss is the mean over its labels on all replicas. A mean of the
+    replicas' means is another number where some have more labels than others.
+    The factors are inside what is differentiated: where rows of one replica
+    influence another's loss, as by statistics of BatchNorm, no later factor
+    would be right.
+
+    Args:
+      loss_fn: `(params, batch, *args) -> (losses, aux)`, losses the means over
+        the labels of the batch, {task: scalar} or [T].
+      names: the tasks.
+      label_counts: [T], labels of each task on all replicas.
+      number: of the slices that each replica takes one at a time. They all
+        count alike, whatever labels are in them.
+
+    Returns:
+      The same function of the shares; `loss_fn` itself under plain `jit`.
+    """
+    if self.axis_name is None:
+      return loss_fn
+    mean = label_counts / jax.lax.axis_size(self.axis_name)
+    per_label = number / jnp.where(mean > 0, mean, 1)
+
+    def share_fn(params, batch, *args):
+      means, aux = loss_fn(params, batch, *args)
+      factors = slices.label_counts(batch, names) * per_label
+      if isinstance(means, dict):
+        means = {task: factors[i] * means[task] for i, task in enumerate(names)}
+      else:
+        means = factors * means
+      return means, aux
+
+    return share_fn

@@ -1,0 +1,116 @@
+"""The gradient of a weighted loss: one backward pass, however many tasks.
+
+Loss weightings need it and nothing else. The weights may depend on the losses
+of the same forward pass; they are constants of the differentiation.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax import types
+from mtl_jax.gradients import _programs
+from mtl_jax.gradients import engines
+from mtl_jax.gradients import slices
+
+
+def weighted(
+  loss_fn: engines.LossFn,
+  names: tuple[str, ...],
+  weigh: Callable[[jax.Array], tuple[jax.Array, Any]],
+  params: types.Params,
+  *args: Any,
+) -> tuple[tuple[jax.Array, Any, Any], types.Params]:
+  """Losses [T], aux, what `weigh` returned, and the gradient."""
+  program = _programs.Program(
+    lambda params: loss_fn(params, *args), names, params
+  )
+  leaves, structure = jax.tree.flatten(params)
+  found = program.pull_back(leaves)
+  losses, aux = found.value
+  losses = jnp.stack(engines.as_scalars(losses, names))
+  weighed = weigh(jax.lax.stop_gradient(losses))
+  weights = jax.lax.stop_gradient(weighed[0])
+  grads = jax.tree.unflatten(structure, found.pull(weights))
+  return (losses, aux, weighed), grads
+
+
+def values(
+  loss_fn: engines.LossFn,
+  names: tuple[str, ...],
+  active: jax.Array | None,
+  params: types.Params,
+  *args: Any,
+) -> jax.Array:
+  """Losses [T], forward alone; their derivatives skip absent tasks."""
+  if active is None:
+    losses, _ = loss_fn(params, *args)
+  else:
+    program = _programs.Program(
+      lambda params: loss_fn(params, *args), names, params
+    )
+    losses, _ = program.values(jax.tree.leaves(params), active)
+  return jnp.stack(engines.as_scalars(losses, names))
+
+
+def sliced_values(
+  loss_fn: engines.LossFn,
+  names: tuple[str, ...],
+  number: int,
+  weigh_slices: bool,
+  params: types.Params,
+  batch: Any,
+  *args: Any,
+) -> jax.Array:
+  """`values` of a batch in slices, one at a time."""
+
+  def one(piece_and_share):
+    piece, share = piece_and_share
+    losses = values(loss_fn, names, share > 0, params, piece, *args)
+    return jnp.where(share > 0, share * losses, 0)
+
+  pieces = slices.cut(batch, number)
+  shares = slices.shares(pieces, names, weigh_slices)
+  # A sum in order, as over the slices of a second pass.
+  return jnp.sum(jax.lax.map(one, (pieces, shares)), axis=0)
+
+
+def sliced_weighted(
+  loss_fn: engines.LossFn,
+  names: tuple[str, ...],
+  number: int,
+  weigh_slices: bool,
+  weigh: Callable[[jax.Array], tuple[jax.Array, Any]],
+  params: types.Params,
+  batch: Any,
+  *args: Any,
+) -> tuple[tuple[jax.Array, Any, Any], types.Params]:
+  """`weighted` of a batch in slices; leaves of aux have a leading axis."""
+  whole = sliced_values(
+    loss_fn, names, number, weigh_slices, params, batch, *args
+  )
+  weighed = weigh(jax.lax.stop_gradient(whole))
+
+  def one(piece, share):
+    own = jnp.where(share > 0, share * weighed[0], 0)
+    (losses, aux, _), grads = weighted(
+      loss_fn, names, lambda _: (own, None), params, piece, *args
+    )
+    # Sums of many numbers in half precision would lose most of the last ones.
+    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    losses = jnp.where(share > 0, share * losses, 0)
+    return (losses, jax.tree.map(wide, grads)), aux
+
+  def step(sums, piece_and_share):
+    more, aux = one(*piece_and_share)
+    return jax.tree.map(jnp.add, sums, more), aux
+
+  pieces = slices.cut(batch, number)
+  shares = slices.shares(pieces, names, weigh_slices)
+  first = jax.tree.map(lambda x: x[0], (pieces, shares))
+  start = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, *first)[0])
+  (losses, grads), aux = jax.lax.scan(step, start, (pieces, shares))
+  grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+  return (losses, aux, weighed), grads
