@@ -9,7 +9,6 @@ import method_row
 import methods
 import numpy as np
 import pytest
-import quick_compile
 import references
 import references_stochastic
 import rows_stochastic
@@ -172,7 +171,7 @@ def test_scale_of_the_paper_steps_on_what_is_not_normalised(
   factory, arguments, reference
 ):
   tx = factory(scale='paper', num_tasks=3, **arguments)
-  update = quick_compile.jit(tx.update)
+  update = jax.jit(tx.update)
   memory, state = None, tx.init(jnp.zeros(8))
   for i in range(3):
     J = methods.matrix(3, 8, seed=i)
@@ -209,11 +208,11 @@ def test_sdmgrad_has_the_weights_of_a_step_by_hand(preference, expected):
     rescale='1+lambda',
     num_tasks=3,
   )
-  state = tx.init(jnp.zeros(3))
+  update, state = jax.jit(tx.update), tx.init(jnp.zeros(3))
   inner = [jnp.diag(jnp.array([1, 0.25, 0])), jnp.eye(3)]
   for matrix, weights in zip(inner, expected, strict=True):
     if weights is not None:
-      _, state = tx.update(jnp.eye(3), state, extra_grads=(matrix, jnp.eye(3)))
+      _, state = update(jnp.eye(3), state, extra_grads=(matrix, jnp.eye(3)))
       np.testing.assert_allclose(state.task_weights, weights, atol=1e-6)
 
 
@@ -222,7 +221,7 @@ def test_sdmgrad_on_one_batch_comes_to_the_least_norm_point():
   # though 20 steps alone do not get there.
   J = methods.matrix(5, 12, seed=3)
   tx = mtl_jax.sdmgrad(0.0, sampling='single', inner_steps=5, num_tasks=5)
-  step = quick_compile.jit(tx.update)
+  step = jax.jit(tx.update)
   state = tx.init(J[0])
   right = references.least_norm_weights(J)
   errors = []
@@ -236,17 +235,18 @@ def test_sdmgrad_on_one_batch_comes_to_the_least_norm_point():
 def test_batches_that_agree_on_nothing_leave_the_weights():
   J = jnp.asarray(method_row.GOLDEN_MATRIX, jnp.float32)
   for tx in (mtl_jax.sdmgrad(0.0, num_tasks=2), mtl_jax.modo(num_tasks=2)):
-    _, state = tx.update(J, tx.init(J[0]), extra_grads=(J, -J))
+    _, state = jax.jit(tx.update)(J, tx.init(J[0]), extra_grads=(J, -J))
     np.testing.assert_array_equal(state.task_weights, [0.5, 0.5])
 
 
 def test_modo_of_two_batches_moves_by_the_mean_of_both():
   tx = mtl_jax.modo(batches='two', num_tasks=3)
   reference = references_stochastic.modo(batches='two')
+  step = jax.jit(tx.update)
   memory, state = None, tx.init(jnp.zeros(8))
   for i in range(3):
     J, other = (methods.matrix(3, 8, seed=2 * i + k) for k in range(2))
-    update, state = tx.update(J, state, extra_grads=(other,))
+    update, state = step(J, state, extra_grads=(other,))
     (right,), memory = reference(
       J.astype(np.float64),
       None,
@@ -261,7 +261,7 @@ def test_moco_tracks_the_mean_of_noisy_gradients():
   rng = np.random.default_rng(0)
   J = methods.matrix(2, 30)
   tx = mtl_jax.moco(beta=1.0, beta_decay=1.0, num_tasks=2)
-  step = quick_compile.jit(tx.update)
+  step = jax.jit(tx.update)
   state = tx.init(J[0])
   drawn = []
   for _ in range(50):
@@ -276,10 +276,10 @@ def test_moco_tracks_the_mean_of_noisy_gradients():
 @pytest.mark.parametrize('factory', [mtl_jax.moco, mtl_jax.db_mtl])
 def test_what_is_tracked_does_not_lose_small_steps_to_bfloat16(factory):
   tx = factory(beta=0.5, beta_decay=0.0, num_tasks=1)
-  state = tx.init(jnp.zeros(1, jnp.bfloat16))
+  step, state = jax.jit(tx.update), tx.init(jnp.zeros(1, jnp.bfloat16))
   for value in (256.0, 258.0):
     J = jnp.full((1, 1), value, jnp.bfloat16)
-    update, state = tx.update(J, state, losses=jnp.ones(1))
+    update, state = step(J, state, losses=jnp.ones(1))
   assert update.dtype == jnp.bfloat16
   # No bfloat16 lies between 256 and 258.
   np.testing.assert_array_equal(state.memory.tracked, [[257.0]])
@@ -301,10 +301,10 @@ def test_gradients_unlike_the_parameters_of_the_state_raise(factory):
 
 def test_task_that_joins_late_begins_its_own_average():
   tx = mtl_jax.moco(beta=0.5, beta_decay=0.0, gamma=1e-6, num_tasks=2)
-  state = tx.init(jnp.zeros(2))
-  J = jnp.array([[1.0, 0.0], [0.0, 4.0]])
-  _, state = tx.update(J, state, active=jnp.array([True, False]))
-  update, state = tx.update(3 * J, state)
+  step, state = jax.jit(tx.update), tx.init(jnp.zeros(2))
+  J = np.array([[1.0, 0.0], [0.0, 4.0]], np.float32)
+  _, state = step(J, state, active=np.array([True, False]))
+  update, state = step(3 * J, state, active=np.array([True, True]))
   np.testing.assert_allclose(update, [0.5 * 2, 0.5 * 12], rtol=1e-5)
 
 
@@ -312,16 +312,16 @@ def test_db_mtl_does_not_see_the_scale_of_a_task():
   J, losses = methods.matrix(3, 6), np.array([0.5, 1.0, 2.0], np.float32)
   factors = np.array([1e-3, 1.0, 1e3], np.float32)
   tx = mtl_jax.db_mtl(num_tasks=3)
-  state = tx.init(J[0])
-  update, _ = tx.update(J, state, losses=losses)
-  scaled, _ = tx.update(factors[:, None] * J, state, losses=factors * losses)
+  step, state = jax.jit(tx.update), tx.init(J[0])
+  update, _ = step(J, state, losses=losses)
+  scaled, _ = step(factors[:, None] * J, state, losses=factors * losses)
   np.testing.assert_allclose(scaled, update, rtol=1e-5)
 
 
 def test_db_mtl_gives_every_task_the_length_of_the_longest():
   J = methods.matrix(4, 9)
   tx = mtl_jax.db_mtl(num_tasks=4)
-  _, state = tx.update(J, tx.init(J[0]), losses=jnp.ones(4))
+  _, state = jax.jit(tx.update)(J, tx.init(J[0]), losses=jnp.ones(4))
   lengths = np.linalg.norm(state.memory.tracked, axis=1)
   np.testing.assert_allclose(
     state.task_weights * lengths, np.full(4, lengths.max()), rtol=1e-5
@@ -331,7 +331,7 @@ def test_db_mtl_gives_every_task_the_length_of_the_longest():
 def test_gradnorm_pulls_the_task_that_learns_slowly_up():
   J = np.eye(3, dtype=np.float32)
   tx = mtl_jax.gradnorm(learning_rate=0.01, num_tasks=3)
-  step = quick_compile.jit(tx.update)
+  step = jax.jit(tx.update)
   state = tx.init(J[0])
   for losses in ([1, 2, 4], [0.5, 2, 1], [0.5, 2, 1]):
     _, state = step(J, state, losses=jnp.array(losses, jnp.float32))
@@ -352,12 +352,12 @@ def test_gradnorm_moves_weights_towards_rates_to_the_power_alpha(
   alpha, expected
 ):
   tx = mtl_jax.gradnorm(alpha, learning_rate=0.1, num_tasks=2)
-  state = tx.init(jnp.zeros(2))
+  step, state = jax.jit(tx.update), tx.init(jnp.zeros(2))
   # Equal lengths and rates: only the first losses are learnt.
-  _, state = tx.update(jnp.eye(2), state, losses=jnp.ones(2))
+  _, state = step(jnp.eye(2), state, losses=jnp.ones(2))
   J = jnp.diag(jnp.array([1.6, 0.4]))
   for losses in ([1.44, 0.56], [1.0, 1.0]):
-    update, state = tx.update(J, state, losses=jnp.array(losses))
+    update, state = step(J, state, losses=jnp.array(losses))
   expected = 2 * np.array(expected) / np.sum(expected)
   np.testing.assert_allclose(state.task_weights, expected, rtol=1e-5)
   np.testing.assert_allclose(update, expected * [1.6, 0.4], rtol=1e-5)
@@ -369,30 +369,31 @@ def test_gradnorm_leaves_weights_that_are_balanced(size):
   rng = np.random.default_rng(size)
   J = np.linalg.qr(rng.standard_normal((9, 9)))[0][:size].astype(np.float32)
   tx = mtl_jax.gradnorm(learning_rate=0.1, num_tasks=size)
-  state = tx.init(J[0])
+  step, state = jax.jit(tx.update), tx.init(J[0])
   for factor in (1.0, 0.7, 0.3):
-    losses = factor * jnp.asarray(methods.LOSSES[:size], jnp.float32)
-    _, state = tx.update(J, state, losses=losses)
+    losses = np.float32(factor * methods.LOSSES[:size])
+    _, state = step(J, state, losses=losses)
   np.testing.assert_allclose(state.memory.shares, 1 / size, rtol=1e-6)
 
 
-@pytest.mark.parametrize('losses', [[0.0, 1.0], [-2.0, 1.0], [1.0, -3.0]])
-def test_gradnorm_survives_losses_that_are_not_positive(losses):
+def test_gradnorm_survives_losses_that_are_not_positive():
   J = jnp.asarray(method_row.GOLDEN_MATRIX, jnp.float32)
   tx = mtl_jax.gradnorm(num_tasks=2)
-  state = tx.init(J[0])
-  for first in (losses, losses[::-1], losses):
-    update, state = tx.update(J, state, losses=jnp.array(first))
-  assert np.all(np.isfinite(update))
-  assert np.all(np.asarray(state.task_weights) >= 0)
-  np.testing.assert_allclose(np.sum(state.task_weights), 2, rtol=1e-6)
+  step = jax.jit(tx.update)
+  for losses in ([0.0, 1.0], [-2.0, 1.0], [1.0, -3.0]):
+    state = tx.init(J[0])
+    for first in (losses, losses[::-1], losses):
+      update, state = step(J, state, losses=jnp.array(first))
+    assert np.all(np.isfinite(update)), losses
+    assert np.all(np.asarray(state.task_weights) >= 0), losses
+    np.testing.assert_allclose(np.sum(state.task_weights), 2, rtol=1e-6)
 
 
 def test_excess_mtl_forgives_a_task_whose_weight_was_nothing():
   # After a long time far ahead of the other the first weight is below what
   # float32 holds; it must come back when the risks change sides.
   tx = mtl_jax.excess_mtl(step_size=50.0, num_tasks=2)
-  step = quick_compile.jit(tx.update)
+  step = jax.jit(tx.update)
   state = tx.init(jnp.zeros(2))
   _, state = step(jnp.eye(2), state)
   for _ in range(4):
@@ -407,12 +408,12 @@ def test_excess_mtl_has_the_weights_of_a_warm_up_by_hand():
   # TorchJD's test. The squares grow to (5, 5) in two updates with the risks
   # (2, 1) and (1, 4) / sqrt(5), and to (9, 6) in the third.
   tx = mtl_jax.excess_mtl(step_size=1.0, warmup=2, num_tasks=2)
-  state = tx.init(jnp.zeros(1))
+  step, state = jax.jit(tx.update), tx.init(jnp.zeros(1))
   first, second = jnp.array([[2.0], [1.0]]), jnp.array([[1.0], [2.0]])
   for J in (first, second):
-    _, state = tx.update(J, state)
+    _, state = step(J, state)
     np.testing.assert_allclose(state.task_weights, [0.5, 0.5], rtol=1e-6)
-  _, state = tx.update(first, state)
+  _, state = step(first, state)
   baseline = (np.array([2, 1]) + np.array([1, 4]) / np.sqrt(5)) / 2
   weights = np.exp(np.array([4 / 3, 1 / np.sqrt(6)]) / baseline)
   np.testing.assert_allclose(
@@ -423,12 +424,12 @@ def test_excess_mtl_has_the_weights_of_a_warm_up_by_hand():
 def test_cr_mogm_follows_a_schedule_of_its_decay():
   # 1 - 1 / (k + 1): the mean of all weights so far.
   tx = mtl_jax.cr_mogm(decay=lambda k: 1 - 1 / (k + 1), num_tasks=3)
-  state = tx.init(jnp.zeros(8))
+  step, state = jax.jit(tx.update), tx.init(jnp.zeros(8))
   found = []
   for i in range(4):
     J = methods.matrix(3, 8, seed=i)
     found.append(references.least_norm_weights(J))
-    _, state = tx.update(J, state)
+    _, state = step(J, state)
     np.testing.assert_allclose(
       state.task_weights, np.mean(found, axis=0), atol=1e-5
     )
@@ -438,10 +439,11 @@ def test_cr_mogm_without_decay_is_the_aggregator():
   inner = mtl_jax.cagrad(num_tasks=3)
   tx = mtl_jax.cr_mogm(mtl_jax.cagrad(), decay=0.0, num_tasks=3)
   state, inner_state = tx.init(jnp.zeros(8)), inner.init(jnp.zeros(8))
+  step, inner_step = jax.jit(tx.update), jax.jit(inner.update)
   for i in range(3):
     J = methods.matrix(3, 8, seed=i)
-    update, state = tx.update(J, state)
-    expected, inner_state = inner.update(J, inner_state)
+    update, state = step(J, state)
+    expected, inner_state = inner_step(J, inner_state)
     methods.close(update, expected, J, 1e-6)
     np.testing.assert_array_equal(state.residual, inner_state.residual)
 
@@ -461,11 +463,11 @@ def test_cr_mogm_has_the_size_of_the_new_weights_when_tasks_are_absent(
   # Orthogonal gradients of equal length: the sum and PCGrad give each task the
   # weight 1 however many there are, and the mean gives a task alone all of it.
   tx = mtl_jax.cr_mogm(aggregator, num_tasks=3)
-  state = tx.init(jnp.zeros(3))
-  _, state = tx.update(jnp.eye(3), state)
+  step, state = jax.jit(tx.update), tx.init(jnp.zeros(3))
+  _, state = step(jnp.eye(3), state, active=jnp.ones(3, bool))
   before = state.memory.weights
   active = jnp.array([False, True, False])
-  update, state = tx.update(jnp.eye(3), state, active=active)
+  update, state = step(jnp.eye(3), state, active=active)
   np.testing.assert_allclose(update, [0, 1, 0], atol=1e-6)
   np.testing.assert_allclose(state.memory.weights, before, rtol=1e-6)
 
@@ -475,13 +477,13 @@ def test_cr_mogm_moves_the_state_of_what_it_averages():
   J = methods.matrix(3, 6)
   tx = mtl_jax.cr_mogm(mtl_jax.pcgrad(seed=1), num_tasks=3)
   old = tx.init(J[0])
-  _, new = quick_compile.jit(tx.update)(J, old)
+  _, new = jax.jit(tx.update)(J, old)
   keys = [jax.random.key_data(s.memory.inner.key) for s in (old, new)]
   assert np.any(np.asarray(keys[0]) != np.asarray(keys[1]))
   tx = mtl_jax.cr_mogm(mtl_jax.modo(), num_tasks=3)
   assert tx.extra_batches == 2
   old = tx.init(J[0])
-  _, new = tx.update(J, old, extra_grads=(J, J))
+  _, new = jax.jit(tx.update)(J, old, extra_grads=(J, J))
   assert np.any(old.memory.inner.memory != new.memory.inner.memory)
   with pytest.raises(ValueError, match='extra_grads'):
     tx.update(J, old)
@@ -495,14 +497,19 @@ def test_cr_mogm_refuses_what_it_cannot_average():
     mtl_jax.cr_mogm(mtl_jax.mgda(), axis_name='i')
 
 
-# Two tasks whose parameters lie on eight devices; what is remembered of the
-# gradients lies there with them, and every sum over coordinates crosses them.
-@pytest.mark.parametrize(
-  'method',
-  methods.params(
-    m for m in rows_stochastic.METHODS if 'aggregator' not in m.arguments
-  ),
+# A row a method: all share what is summed over shards.
+SHARDED = methods.params(
+  {
+    m.factory: m
+    for m in rows_stochastic.METHODS
+    if 'aggregator' not in m.arguments
+  }.values()
 )
+
+
+# Tasks whose parameters lie on eight devices; what is remembered of the
+# gradients lies there with them, and every sum over coordinates crosses them.
+@pytest.mark.parametrize('method', SHARDED)
 def test_shards_of_parameters_give_the_update_of_whole_ones(method):
   mesh = jax.make_mesh(
     (8,), ('shards',), axis_types=(jax.sharding.AxisType.Explicit,)
@@ -528,7 +535,7 @@ def test_shards_of_parameters_give_the_update_of_whole_ones(method):
   )
   place = jax.sharding.NamedSharding(mesh, spec)
   update, weights = jax.jit(sharded)([jax.device_put(J, place) for J in stacks])
-  expected, expected_weights = run(whole, [jnp.asarray(J) for J in stacks])
+  expected, expected_weights = jax.jit(functools.partial(run, whole))(stacks)
   methods.close(update, expected, stacks[-1])
   np.testing.assert_allclose(weights, expected_weights, rtol=1e-4, atol=1e-5)
 
