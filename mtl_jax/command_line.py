@@ -44,20 +44,19 @@ def leave(number: int, frame: FrameType | None) -> NoReturn:
 
 @contextlib.contextmanager
 def tidy_end() -> Iterator[None]:
-  """Lets the body clean up when a signal ends the process.
+  """Lets the body clean up when Ctrl-C or SIGTERM ends the process.
 
-  Ctrl-C raises KeyboardInterrupt and SIGTERM raises SystemExit with status 143;
-  the second signal ends the process at once.
+  The signal raises KeyboardInterrupt in the body; behind the body the process
+  ends with one line. A second signal ends it at once.
   """
+  came = []
 
   def interrupt(number: int, frame: FrameType | None) -> NoReturn:
     del frame
     for each in previous:
       signal.signal(each, leave)
-    if number == signal.SIGINT:
-      raise KeyboardInterrupt
-    print('SIGTERM ended the program.', file=sys.stderr)
-    raise SystemExit(128 + number)
+    came.append(number)
+    raise KeyboardInterrupt
 
   previous = {
     number: signal.signal(number, interrupt)
@@ -65,6 +64,11 @@ def tidy_end() -> Iterator[None]:
   }
   try:
     yield
+  except KeyboardInterrupt:
+    if came:
+      # Not by way of Python's end, which crashes where JAX was tracing.
+      leave(came[0], None)
+    raise
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)

@@ -15,7 +15,6 @@ import importlib.util
 import logging
 import pathlib
 import re
-import signal
 import sys
 
 from absl import app
@@ -232,9 +231,6 @@ def main(argv: Sequence[str]) -> None:
       metrics = loop.train(
         _CONFIG.value, _WORKDIR.value, overwrite_config=_OVERWRITE_CONFIG.value
       )
-  except KeyboardInterrupt:
-    print('SIGINT ended the program.', file=sys.stderr)
-    sys.exit(128 + signal.SIGINT)
   except stopping.Interrupted as interruption:
     print(interruption, file=sys.stderr)
     sys.exit(EXIT_INTERRUPTED)
