@@ -1,6 +1,7 @@
 """The CPU's forms of convolution and pooling are the native operations."""
 
 import collections
+import functools
 
 from flax import linen as nn
 import jax
@@ -71,72 +72,76 @@ def _close(actual, expected, tolerance=3e-6):
   np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
 
 
+def _gradients(function, x, kernel, *options):
+  out, back = jax.vjp(lambda x, k: function(x, k, *options), x, kernel)
+  return back(_cotangent(out))
+
+
+def _transposed(function, x, kernel, *options):
+  """The gradient by a map over kernels and a transposition."""
+
+  def run(kernel):
+    out, linear = jax.linearize(lambda k: function(x, k, *options), kernel)
+    return jax.linear_transpose(linear, kernel)(_cotangent(out))[0]
+
+  return jax.vmap(run)(jnp.stack([kernel, 2 * kernel]))
+
+
+def _hessian_product(function, x, kernel, *options):
+  def loss(x, kernel):
+    return jnp.sum(jnp.sin(function(x, kernel, *options)))
+
+  gradient = jax.grad(loss, argnums=(0, 1))
+  return jax.jvp(gradient, (x, kernel), (x, kernel))[1]
+
+
+# The one function of a problem that is compiled asks all of them.
+_TRANSPOSED = ('lenet_2', 'resnet_halving', 'image_2x2')
+_TWICE = ('lenet_2', 'resnet_wide', 'resnet_halving')
+
+
+@functools.cache
+def _found(name):
+  """By ours and the native convolution, whatever is asked of this problem."""
+  size, channels, features, kernel_size, *options = _CONVS[name]
+  x, kernel = _inputs(size, channels, features, kernel_size)
+
+  @jax.jit
+  def run(x, kernel):
+    ask = lambda question: [
+      question(f, x, kernel, *options) for f in (_ours, _native)
+    ]
+    found = {'out': _ours(x, kernel, *options), 'gradients': ask(_gradients)}
+    if name in _TRANSPOSED:
+      found['transposed'] = ask(_transposed)
+    if name in _TWICE:
+      found['hessian'] = ask(_hessian_product)
+    return found
+
+  return x, kernel, options, run(x, kernel)
+
+
 @pytest.mark.parametrize('name', _CONVS)
 def test_convolution_is_the_sum_of_its_definition(name):
-  size, channels, features, kernel_size, stride, padding = _CONVS[name]
-  x, kernel = _inputs(size, channels, features, kernel_size)
-  out = jax.jit(_ours, static_argnums=(2, 3))(x, kernel, stride, padding)
-  _close(out, numpy_layers.conv(x, kernel, stride, padding))
+  x, kernel, options, found = _found(name)
+  _close(found['out'], numpy_layers.conv(x, kernel, *options))
 
 
 @pytest.mark.parametrize('name', _CONVS)
 def test_gradients_of_convolution_are_those_of_the_native_one(name):
-  size, channels, features, kernel_size, stride, padding = _CONVS[name]
-  x, kernel = _inputs(size, channels, features, kernel_size)
-
-  def gradients(function):
-    def pull(x, kernel):
-      out, back = jax.vjp(
-        lambda x, kernel: function(x, kernel, stride, padding), x, kernel
-      )
-      return back(_cotangent(out))
-
-    return jax.jit(pull)(x, kernel)
-
-  for actual, expected in zip(
-    gradients(_ours), gradients(_native), strict=True
-  ):
-    _close(actual, expected)
+  jax.tree.map(_close, *_found(name)[-1]['gradients'])
 
 
-@pytest.mark.parametrize('name', ['lenet_2', 'resnet_halving', 'image_2x2'])
+@pytest.mark.parametrize('name', _TRANSPOSED)
 def test_convolution_maps_over_kernels_and_transposes(name):
-  size, channels, features, kernel_size, stride, padding = _CONVS[name]
-  x, kernel = _inputs(size, channels, features, kernel_size)
-  kernels = jnp.stack([kernel, 2 * kernel])
-
-  def transposed(function):
-    at_kernel = lambda kernel: function(x, kernel, stride, padding)
-
-    def run(kernel):
-      out, linear = jax.linearize(at_kernel, kernel)
-      return jax.linear_transpose(linear, kernel)(_cotangent(out))[0]
-
-    return jax.jit(jax.vmap(run))(kernels)
-
-  _close(transposed(_ours), transposed(_native))
+  _close(*_found(name)[-1]['transposed'])
 
 
-@pytest.mark.parametrize('name', ['lenet_2', 'resnet_wide', 'resnet_halving'])
+@pytest.mark.parametrize('name', _TWICE)
 def test_hessian_vector_products_are_those_of_the_native_convolution(name):
-  size, channels, features, kernel_size, stride, padding = _CONVS[name]
-  x, kernel = _inputs(size, channels, features, kernel_size)
-
-  def product(function):
-    def loss(x, kernel):
-      return jnp.sum(jnp.sin(function(x, kernel, stride, padding)))
-
-    gradient = jax.grad(loss, argnums=(0, 1))
-    return jax.jit(
-      lambda x, kernel: jax.jvp(gradient, (x, kernel), (x, kernel))[1]
-    )(x, kernel)
-
   # The second derivative of a sine of large sums is itself ill conditioned.
-  jax.tree.map(
-    lambda ours, native: _close(ours, native, 1e-4),
-    product(_ours),
-    product(_native),
-  )
+  close = functools.partial(_close, tolerance=1e-4)
+  jax.tree.map(close, *_found(name)[-1]['hessian'])
 
 
 @pytest.mark.parametrize(
@@ -183,36 +188,47 @@ def _tied(size):
 
 
 @pytest.mark.parametrize('backend', ['cpu', 'gpu'])
-@pytest.mark.parametrize('name', _POOLS)
-def test_maximum_and_its_gradient_agree_on_all_backends(
-  name, backend, monkeypatch
-):
+def test_maximum_and_its_gradient_agree_on_all_backends(backend, monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  size, *options = _POOLS[name]
-  x = _tied(size)
-  out, back = jax.vjp(
-    lambda x: layers.max_pool(x, *options), jnp.asarray(x, jnp.float32)
-  )
-  np.testing.assert_array_equal(out, numpy_layers.max_pool(x, *options))
-  cotangent = np.arange(1.0, out.size + 1).reshape(out.shape)
-  (gradient,) = back(jnp.asarray(cotangent, jnp.float32))
-  np.testing.assert_array_equal(
-    gradient, numpy_layers.max_pool_gradient(x, cotangent, *options)
-  )
+  images = {name: _tied(size) for name, (size, *_) in _POOLS.items()}
+
+  @jax.jit
+  def pooled(images):
+    found = {}
+    for name, x in images.items():
+      _, *options = _POOLS[name]
+      pool = lambda x, options=options: layers.max_pool(x, *options)
+      out, back = jax.vjp(pool, x)
+      cotangent = jnp.arange(1.0, out.size + 1).reshape(out.shape)
+      found[name] = out, cotangent, back(cotangent)[0]
+    return found
+
+  found = pooled(jax.tree.map(np.float32, images))
+  for name, (out, cotangent, gradient) in found.items():
+    x, (_, *options) = images[name], _POOLS[name]
+    np.testing.assert_array_equal(
+      out, numpy_layers.max_pool(x, *options), err_msg=name
+    )
+    np.testing.assert_array_equal(
+      gradient,
+      numpy_layers.max_pool_gradient(x, cotangent, *options),
+      err_msg=name,
+    )
 
 
 def test_gradient_of_ties_adds_up_to_the_cotangent():
   x = jnp.zeros((1, 4, 4, 1))
-  gradient = jax.grad(lambda x: layers.max_pool(x, 2, 2).sum())(x)
+  gradient = jax.jit(jax.grad(lambda x: layers.max_pool(x, 2, 2).sum()))(x)
   assert gradient.sum() == 4.0
   np.testing.assert_array_equal(gradient[0, :2, :2, 0], [[1, 0], [0, 0]])
 
 
-@pytest.mark.parametrize('place', [(0, 0), (0, 1), (1, 1)])
-def test_nan_in_a_window_is_its_maximum(place):
-  x = jnp.ones((1, 4, 4, 1)).at[0, place[0], place[1], 0].set(jnp.nan)
-  out = layers.max_pool(x, 2, 2)
-  np.testing.assert_array_equal(out[0, :, :, 0], [[np.nan, 1], [1, 1]])
+def test_nan_in_a_window_is_its_maximum():
+  # An image for each place in the window.
+  x = np.ones((3, 4, 4, 1), np.float32)
+  x[0, 0, 0] = x[1, 0, 1] = x[2, 1, 1] = np.nan
+  for out in jax.jit(lambda x: layers.max_pool(x, 2, 2))(x):
+    np.testing.assert_array_equal(out[:, :, 0], [[np.nan, 1], [1, 1]])
 
 
 def test_padding_wider_than_half_a_window_is_an_error():
@@ -291,8 +307,8 @@ def test_dense_layers_of_the_given_parameters_are_intercepted():
   image = jnp.asarray(
     np.random.default_rng(0).random((2, 4, 4, 1)), jnp.float32
   )
-  params = trunk.init(jax.random.key(0), image)['params']
-  plain = trunk.apply({'params': params}, image)
+  params = jax.jit(trunk.init)(jax.random.key(0), image)['params']
+  plain = jax.jit(trunk.apply)({'params': params}, image)
   seen = []
 
   def dense(x, kernel):
@@ -352,34 +368,46 @@ def test_layers_with_a_product_of_their_own_are_not_intercepted(layer):
 def test_no_images_are_no_results(name):
   size, channels, features, kernel_size, stride, padding = _CONVS[name]
   x, kernel = _inputs(size, channels, features, kernel_size, batch=0)
-  ours = lambda *args: _ours(*args, stride, padding)
-  out, pull = jax.vjp(ours, x, kernel)
-  assert out.shape == _native(x, kernel, stride, padding).shape
-  np.testing.assert_array_equal(pull(out)[1], jnp.zeros(kernel.shape))
+
+  @jax.jit
+  def run(x, kernel):
+    ours = lambda *args: _ours(*args, stride, padding)
+    out, pull = jax.vjp(ours, x, kernel)
+    return out, pull(out)[1], _native(x, kernel, stride, padding)
+
+  out, gradient, native = run(x, kernel)
+  assert out.shape == native.shape
+  np.testing.assert_array_equal(gradient, np.zeros(kernel.shape))
 
 
-@pytest.mark.parametrize('check_vma', [False, True])
 @pytest.mark.parametrize('name', ['narrow_padded', 'resnet_next', 'image_2x2'])
-def test_replicas_sum_the_gradient_of_a_kernel_that_they_share(name, check_vma):
-  size, channels, features, kernel_size, stride, padding = _CONVS[name]
+def test_replicas_sum_the_gradient_of_a_kernel_that_they_share(name):
+  size, channels, features, kernel_size, *options = _CONVS[name]
   x, kernel = _inputs(size, channels, features, kernel_size, batch=8)
   mesh = jax.make_mesh(
     (8,), ('batch',), axis_types=(jax.sharding.AxisType.Auto,)
   )
 
-  def gradient(x, kernel):
-    loss = lambda kernel: jnp.sum(jnp.sin(_ours(x, kernel, stride, padding)))
-    found = jax.grad(loss)(kernel)
-    return found if check_vma else jax.lax.psum(found, 'batch')
+  def gradient(function, x, kernel):
+    loss = lambda kernel: jnp.sum(jnp.sin(function(x, kernel, *options)))
+    return jax.grad(loss)(kernel)
 
-  mapped = jax.shard_map(
-    gradient,
-    mesh=mesh,
-    in_specs=(P('batch'), P()),
-    out_specs=P(),
-    check_vma=check_vma,
-  )
-  expected = jax.grad(
-    lambda kernel: jnp.sum(jnp.sin(_native(x, kernel, stride, padding)))
-  )(kernel)
-  _close(jax.jit(mapped)(x, kernel), expected, 1e-5)
+  def mapped(check_vma):
+    def on_a_replica(x, kernel):
+      found = gradient(_ours, x, kernel)
+      return found if check_vma else jax.lax.psum(found, 'batch')
+
+    return jax.shard_map(
+      on_a_replica,
+      mesh=mesh,
+      in_specs=(P('batch'), P()),
+      out_specs=P(),
+      check_vma=check_vma,
+    )
+
+  by_hand, by_vma = jax.jit(
+    lambda *args: (mapped(False)(*args), mapped(True)(*args))
+  )(x, kernel)
+  expected = jax.jit(functools.partial(gradient, _native))(x, kernel)
+  _close(by_hand, expected, 1e-5)
+  _close(by_vma, expected, 1e-5)
