@@ -12,6 +12,7 @@ from references import imtl_g
 import references_geometry as references
 
 import mtl_jax
+from mtl_jax.transforms.solvers import simplex
 
 CONFLICTING = np.array([[3.0, -1, 0, 1], [-1, 1, 2, 0], [0, -2, 1, 1]])
 
@@ -78,6 +79,68 @@ def test_con_fig_of_directions_that_cancel_is_zero(degrees, lengths):
   update, state = update_of(tx, J)
   np.testing.assert_array_equal(update, 0)
   np.testing.assert_array_equal(state.task_weights, 0)
+
+
+@pytest.mark.parametrize(('size', 'rank'), [(5, 5), (12, 8), (20, 5)])
+def test_con_fig_loses_the_condition_number_of_the_rows_and_not_its_square(
+  size, rank
+):
+  # Rows of 50 dimensions, of which those past the rank are zero, or of as many
+  # as there are for independent ones. The smallest singular value is a fiftieth
+  # of the largest at most; lengths differ by four decades.
+  rng = np.random.default_rng(size)
+  problems = np.zeros((30, size, 50))
+  for J in problems:
+    left = np.linalg.qr(rng.standard_normal((size, rank)))[0]
+    width = 50 if size == rank else rank
+    right = np.linalg.qr(rng.standard_normal((width, rank)))[0].T
+    J[:, :width] = left * np.append(rng.uniform(0.3, 1, rank - 1), 6e-3) @ right
+    J *= 10.0 ** rng.uniform(-2, 2, (size, 1))
+  problems = problems.astype(np.float32)
+  orders = np.stack([rng.permutation(size) for _ in problems])
+  tx = mtl_jax.con_fig(num_tasks=size)
+  update = jax.jit(jax.vmap(lambda J: tx.update(J, tx.init(jnp.zeros(50)))))
+  found, states = update(problems)
+  turned, _ = update(np.take_along_axis(problems, orders[:, :, None], axis=1))
+  assert np.max(states.residual) <= 1e-4
+  for i, J in enumerate(problems.astype(np.float64)):
+    dimensions = slice(0, rank if size > rank else 50)
+    (right,) = references.con_fig(J[:, dimensions], None)
+    atol = 1e-4 * np.linalg.norm(J, axis=1).max()
+    np.testing.assert_allclose(found[i, dimensions], right, atol=atol)
+    np.testing.assert_allclose(turned[i], found[i], atol=atol)
+
+
+def test_con_fig_reports_how_far_cosines_are_apart(monkeypatch):
+  # With wrong cosines to start from one correction does not get there.
+  split = simplex.cosines
+
+  def wrong(gram, active):
+    lengths, cos, usable = split(gram, active)
+    return lengths, jnp.where(cos == 1, 1, 0.5 * cos), usable
+
+  monkeypatch.setattr(simplex, 'cosines', wrong)
+  tx = mtl_jax.con_fig(num_tasks=3)
+  update, state = tx.update(
+    jnp.asarray(CONFLICTING, jnp.float32), tx.init(jnp.zeros(4))
+  )
+  cosines = [cosine(g, np.asarray(update, np.float64)) for g in CONFLICTING]
+  apart = np.linalg.norm(cosines - np.mean(cosines))
+  assert apart > 1e-2
+  assert apart / 3 <= state.residual <= 3 * apart
+
+
+def test_con_fig_has_the_derivative_of_the_pseudo_inverse():
+  rng = np.random.default_rng(0)
+  for J in (CONFLICTING, rng.standard_normal((5, 3))):
+    step = rng.standard_normal(J.shape)
+    right = references.con_fig(J + 1e-5 * step, None)
+    right = (right - references.con_fig(J - 1e-5 * step, None)) / 2e-5
+    with jax.enable_x64(True):
+      tx = mtl_jax.con_fig()
+      update = lambda J, tx=tx: tx.update(J, tx.init(J[0]))[0]
+      _, found = jax.jvp(jax.jit(update), (jnp.asarray(J),), (step,))
+    np.testing.assert_allclose(found, right[0], rtol=1e-5, atol=1e-5)
 
 
 CANCELLING = {

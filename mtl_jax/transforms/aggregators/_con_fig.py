@@ -3,17 +3,22 @@
 from collections.abc import Hashable
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import algebra
 from mtl_jax.transforms.contract import arguments
-from mtl_jax.transforms.contract import gram_based
+from mtl_jax.transforms.contract import lifting
 from mtl_jax.transforms.solvers import simplex
 
-# Eigenvalues of the matrix of cosines below this, times the number of tasks,
-# are rounding of linearly dependent gradients; so is what is left of the
-# preference below this share of it.
-_RANK_TOLERANCE = 1e-5
+# Eigenvalues of the matrix of cosines below this, in units of the dtype's
+# resolution times the number of tasks, are rounding of linearly dependent
+# gradients.
+_RANK_TOLERANCE = 8
+# Inner products of unit gradients with their weighted sum, for weights up to 1,
+# that are all below this are rounding of gradients that cancel.
+_CANCELLED = 1e-5
 
 
 def con_fig(
@@ -35,7 +40,9 @@ def con_fig(
     \hat u = \frac{u}{|u|}, \qquad
     u = U^{+} p = \sum_i (C^{+} p)_i \, g_i / |g_i|
 
-  with the unit gradients as rows of U, and the matrix C of their cosines.
+  with the unit gradients as rows of U, and the matrix C of their cosines. The
+  last digits are found on the gradients, which takes two more combinations of
+  them: from C alone an error grows with the square of their condition number.
 
   Scale: T for identical tasks, a sum. Degree of homogeneity: 1. Tasks with a
   zero gradient have no direction and are left out. Where gradients are linearly
@@ -44,7 +51,8 @@ def con_fig(
 
   Args:
     preference: [T], non-negative and not all zero; None for equal cosines.
-    num_tasks: T, to have weights and Gram matrix in the state.
+    num_tasks: T, to have weights, Gram matrix and residual in the state. The
+      residual is how far the cosines are from those that the equation gives.
     axis_name: see `from_gram`.
     reduce: see `from_gram`.
     shard_axis: see `from_gram`.
@@ -70,38 +78,59 @@ def con_fig(
   """
   preference = arguments.as_preference(preference, num_tasks)
 
-  def weights_fn(gram, *, losses, active):
-    del losses
-    lengths, cos, usable = simplex.cosines(gram, active)
+  def combine(given: lifting.Given) -> lifting.Combined:
+    gram, size = given.gram, given.gram.shape[0]
+    lengths, cos, usable = simplex.cosines(gram, given.active)
     wanted = usable.astype(gram.dtype)
     if preference is not None:
-      arguments.check_length('preference', preference, gram.shape[0])
+      arguments.check_length('preference', preference, size)
       wanted = jnp.where(usable, jnp.asarray(preference, gram.dtype), 0)
     largest = jnp.max(wanted)
     wanted = wanted / jnp.where(largest > 0, largest, 1)
     cos = jnp.where(usable[:, None] & usable[None, :], cos, 0)
-    values, vectors = jnp.linalg.eigh(cos)
-    kept = values > _RANK_TOLERANCE * gram.shape[0]
-    along = jnp.where(kept, vectors.T @ wanted, 0)
-    along = jnp.where(
-      jnp.abs(along) > _RANK_TOLERANCE * jnp.sqrt(wanted @ wanted), along, 0
-    )
-    safe = jnp.where(kept, values, 1)
-    direction = vectors @ (along / safe)
-    square = along @ (along / safe)
-    # |u|^2 and the inner products of u with the unit gradients.
-    projections = vectors @ along
-    stretch = (
-      (lengths * usable) @ projections / jnp.where(square > 0, square, 1)
-    )
-    # The quotient of lengths first; each alone may be far from 1.
-    return jnp.where(usable, stretch / lengths * direction, 0)
+    # The correction alone has a derivative, which is that of the solution.
+    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(cos))
+    kept = values > _RANK_TOLERANCE * jnp.finfo(gram.dtype).eps * size
+    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
 
-  return gram_based.from_gram(
-    weights_fn,
+    def combination(shares):
+      """Of the unit gradients; its inner products with them, and its square."""
+      weights = jnp.where(usable, shares / lengths, 0)
+      u = algebra.weighted_sum(
+        weights, given.unmasked, given.active, keep_wide=True
+      )
+      inner, square = algebra.with_rows(u, given.unmasked, size, given.axes)
+      return u, jnp.where(usable, inner / lengths, 0), square
+
+    # Rounding of the cosines costs the square of the condition number. One
+    # Newton step of the least-squares problem |U u - p|, whose slope is taken
+    # from the gradients, leaves the condition number itself.
+    shares = vectors @ (inverse * (vectors.T @ wanted))
+    shares = jax.lax.stop_gradient(shares)
+    _, before, _ = combination(shares)
+    _, slope, _ = combination(wanted - before)
+    # What is missing of the preference, as far as unit gradients can give it.
+    missing = vectors @ (inverse * (vectors.T @ slope))
+    shares += vectors @ (inverse * (vectors.T @ missing))
+    u, inner, square = combination(shares)
+
+    there = (square > 0) & (jnp.max(jnp.abs(cos @ wanted)) > _CANCELLED)
+    square = jnp.where(there, square, 1)
+    stretch = jnp.where(there, lengths @ inner / square, 0)
+    off = jnp.where(there, missing - (inner - before), 0)
+    return lifting.Combined(
+      updates=jax.tree.map(
+        lambda g, v: (stretch * v).astype(g.dtype), given.task_grads, u
+      ),
+      # The quotient of lengths first; each alone may be far from 1.
+      weights=jnp.where(usable, stretch / lengths * shares, 0),
+      residual=jax.lax.stop_gradient(jnp.sqrt((off @ off) / square)),
+      update_inner=(stretch * lengths * inner, stretch * stretch * square),
+    )
+
+  return lifting.lift(
+    combine,
     num_tasks=num_tasks,
-    axis_name=axis_name,
-    reduce=reduce,
-    shard_axis=shard_axis,
-    residual=False,
+    axes=aggregation.Axes(axis_name, reduce, shard_axis),
+    residual=True,
   )

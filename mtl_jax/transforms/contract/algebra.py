@@ -176,7 +176,11 @@ def _sum_of_rows(
 
 
 def weighted_sum(
-  weights: jax.Array, task_grads: Any, active: jax.Array | None = None
+  weights: jax.Array,
+  task_grads: Any,
+  active: jax.Array | None = None,
+  *,
+  keep_wide: bool = False,
 ) -> Any:
   """Sum of task gradients.
 
@@ -185,6 +189,7 @@ def weighted_sum(
     task_grads: tree of leaves [T, *shape].
     active: bool [T], the rows to add up, whatever the others hold; all by
       default.
+    keep_wide: whether to leave the sum in the dtype it is summed in.
 
   Returns:
     Tree of leaves [*shape], summed in float32 at least, in the leaves' dtype.
@@ -199,7 +204,7 @@ def weighted_sum(
     else:
       rows = keep_active(active, leaf).astype(dtype)
       total = jnp.sum(row(weights, leaf) * rows, axis=0)
-    return total.astype(leaf.dtype)
+    return total if keep_wide else total.astype(leaf.dtype)
 
   return jax.tree.map(
     lambda leaf: meshes.with_automatic_axes(
