@@ -12,6 +12,9 @@ import time
 import pytest
 import quick_compile
 
+from mtl_jax import problems
+from mtl_jax.train import run_directory
+
 _ROOT = pathlib.Path(__file__).parents[2]
 _CONFIG = str(_ROOT / 'configs' / 'multi_digits.py')
 _spec = importlib.util.spec_from_file_location(
@@ -165,6 +168,21 @@ def test_ctrl_c_stops_the_runs_and_starts_no_more(tmp_path):
   assert not second.log.exists()
 
 
+def test_job_is_finished_by_the_record_that_training_writes(tmp_path):
+  (job,) = sweep.make_jobs(f'{_CONFIG}:runlocal', ['linear'], [4], tmp_path)
+  record = run_directory.make_record(
+    problems.by_name('multi_digits'), job.config, num_parameters=1, steps=1
+  )
+  job.workdir.mkdir(parents=True)
+  run_directory.write_record(job.workdir, record)
+  assert not job.finished
+  record['finished'] = run_directory.now()
+  run_directory.write_record(job.workdir, record)
+  assert job.finished
+
+
+# Two trainings; the facts above are all but that a sweep starts one.
+@pytest.mark.slow
 def test_second_sweep_of_real_runs_skips_what_the_first_finished(tmp_path):
   command = [
     *(sys.executable, 'launch/sweep.py', f'--config={_CONFIG}:runlocal'),

@@ -49,8 +49,14 @@ def _grad_fn(task_params):
   return {'shared': jnp.sin(3 * task_params['shared'])}
 
 
-@pytest.mark.parametrize('name', ['cagrad', 'graddrop'])
-@pytest.mark.parametrize('combine', ['separate', 'each', 'direct'])
+@pytest.mark.parametrize(
+  ('name', 'combine'),
+  [
+    *(('cagrad', combine) for combine in ('separate', 'each', 'direct')),
+    # By coordinates.
+    ('graddrop', 'separate'),
+  ],
+)
 def test_accelerators_and_cpus_have_one_update(name, combine, monkeypatch):
   # More rows than are added up in one pass; what an absent one holds is no
   # matter.
