@@ -12,8 +12,8 @@ from configs import multi_mnist
 from mtl_jax import models
 from mtl_jax import problems
 from mtl_jax import transforms
+from mtl_jax.train import build
 from mtl_jax.train import checks
-from mtl_jax.train import optimizer
 
 _CONFIGS = {'multi_digits': multi_digits, 'multi_mnist': multi_mnist}
 _NAMES = methods.NAMES
@@ -31,12 +31,9 @@ _NO_ENTRY = {
 def test_every_method_of_every_config_can_be_built(config, name):
   values = _CONFIGS[config].get_config(f'method={name}')
   tasks = problems.by_name(values.problem).task_names
-  made = optimizer.make_optimizer(
-    values, tasks, total_steps=10, steps_per_epoch=5
-  )
-  assert made.tx.init({'shared': {}, 'heads': {task: {} for task in tasks}})
-  alone = values.method.weighting is not None and values.method.flat is None
-  assert (made.weighting is not None) == alone
+  joint = build.joint_update(values, tasks, steps_per_epoch=5)
+  joint.init({'shared': {}, 'heads': {task: {} for task in tasks}})
+  build.optimizer(values, total_steps=10)
   assert (values.method.flat is not None) == name.startswith('f_')
   assert values.method.name == name
 

@@ -118,7 +118,7 @@ def _layout(mesh, place):
   layout = sharding.Layout(mesh, ('a',), place, min_size=8)
 
   def put(state):
-    train = steps.TrainState(0, state.params, {}, state)
+    train = steps.TrainState(0, state.params, {}, {}, state)
     return jax.device_put(state, layout.of_state(train).opt_state)
 
   return put
