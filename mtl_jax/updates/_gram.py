@@ -17,10 +17,12 @@ from mtl_jax.transforms import Perturbation
 from mtl_jax.transforms.contract import heads
 from mtl_jax.transforms.contract import labels
 from mtl_jax.transforms.wrappers import ball
+from mtl_jax.updates import _earlier
 from mtl_jax.updates import _gram_based
 from mtl_jax.updates import _joint
 
 
+@_earlier.with_loss_fn
 def gram_update(
   aggregator: optax.GradientTransformation,
   task_names: Sequence[str],

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,8 @@ def default_labels(params: Any) -> Any:
   """Labels of `{'shared': tree, 'heads': {task: tree}}`.
 
   Args:
-    params: a tree of parameters (or of their gradients).
+    params: a tree of parameters (or of their gradients): a dictionary, a named
+      tuple or a dataclass with these two entries, or anything else.
 
   Returns:
     A tree of strings of the same structure: a task's name for the leaves below
@@ -34,13 +37,47 @@ def default_labels(params: Any) -> Any:
     >>> mtl_jax.default_labels({'shared': 1.0, 'heads': {'depth': {'w': 2.0}}})
     {'heads': {'depth': {'w': 'depth'}}, 'shared': 'shared'}
   """
-  split = isinstance(params, Mapping) and {'shared', 'heads'} <= set(params)
+  split = {SHARED, 'heads'} <= _entries(params)
 
   def label(path, _):
-    part = path[0].key if split else SHARED
-    return path[1].key if part == 'heads' else SHARED
+    part = _name(path[0]) if split else SHARED
+    return _name(path[1]) if part == 'heads' else SHARED
 
   return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _entries(tree: Any) -> set[Any]:
+  """The names of what a container holds, empty subtrees included."""
+  if isinstance(tree, Mapping):
+    return set(tree)
+  if dataclasses.is_dataclass(tree):
+    return {field.name for field in dataclasses.fields(tree)}
+  return set(getattr(tree, '_fields', ()))
+
+
+def _name(key: Any) -> str:
+  """A part of a path, as dictionaries, attributes and sequences name it."""
+  return str(
+    getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))
+  )
+
+
+def _warn_of_named_heads(paths: Sequence[Any], names: tuple[str, ...]) -> None:
+  """Warns if leaves that count as shared are named like heads of tasks."""
+  found: dict[str, str] = {}
+  for path in paths:
+    for part in map(_name, path):
+      for task in names:
+        if part == task or ('head' in part.lower() and task in part):
+          found.setdefault(task, jax.tree_util.keystr(path))
+  if len(found) > 1:
+    warnings.warn(
+      f'parameters at {tuple(found.values())} are named like heads of tasks, '
+      "but count as shared: only the layout {'shared': ..., 'heads': {task: "
+      "...}} is known. Pass param_labels: a task's name for each leaf of its "
+      "head, or lambda params: 'shared' if they are meant to be shared",
+      stacklevel=4,
+    )
 
 
 def check_task_names(task_names: Sequence[str]) -> tuple[str, ...]:
@@ -81,10 +118,8 @@ class Partition:
     labels = param_labels(tree) if callable(param_labels) else param_labels
     self._structure: Any = jax.tree.structure(tree)
     self.labels = jax.tree.leaves(jax.tree.broadcast(labels, tree))
-    self.paths = [
-      jax.tree_util.keystr(path)
-      for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    self.paths = list(map(jax.tree_util.keystr, paths))
     known = {SHARED, FROZEN, *task_names}
     for path, label, leaf in zip(
       self.paths, self.labels, jax.tree.leaves(tree), strict=True
@@ -96,6 +131,9 @@ class Partition:
         )
       if label != FROZEN:
         aggregation.check_leaf('parameter', leaf, path or 'the root')
+    whole = all(label == SHARED for label in self.labels)
+    if param_labels is default_labels and len(task_names) > 1 and whole:
+      _warn_of_named_heads(paths, task_names)
     place = {task: i for i, task in enumerate(task_names)}
     self.owners = [place.get(label) for label in self.labels]
 
