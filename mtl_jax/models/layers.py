@@ -1,8 +1,7 @@
 """Convolution, pooling and dense layers that are fast on every backend.
 
-On CPU convolutions and pooling have the forms of
-`cpu_convolutions` and `cpu_pooling`, elsewhere the
-native ones.
+Convolutions and pooling have the forms of `models/cpu/` on CPU and the native
+ones elsewhere, or inside `native_layers()`.
 
 The choice is made by `jax.default_backend()` while tracing.
 `jax.lax.platform_dependent` would choose while lowering, but it is a
@@ -11,19 +10,52 @@ price is that a computation sent to the CPU of a machine with an accelerator
 gets the native operation: the same numbers, slower.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
-from typing import Any
+import contextvars
 
 from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from mtl_jax.models import cpu_convolutions
-from mtl_jax.models import cpu_pooling
+from mtl_jax.models.cpu import convolutions
+from mtl_jax.models.cpu import pooling
+
+_native = contextvars.ContextVar('native', default=False)
+
+
+@contextlib.contextmanager
+def native_layers() -> Iterator[None]:
+  """Inside of it layers are traced in their native form on CPU too.
+
+  The forms for CPU have derivatives of reverse mode alone: `jax.jvp` of a model
+  needs the native ones. They also serve to compare numbers and time. A function
+  that was compiled outside keeps its form.
+
+  Yields:
+    Nothing.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from mtl_jax import models
+    >>> pool = lambda x: models.layers.max_pool(x, 2, 2)
+    >>> x = jnp.arange(4.0).reshape(1, 2, 2, 1)
+    >>> with models.native_layers():
+    ...   _, tangent = jax.jvp(pool, (x,), (x,))
+    >>> print(tangent.ravel())
+    [3.]
+  """
+  token = _native.set(True)
+  try:
+    yield
+  finally:
+    _native.reset(token)
+
+
+def _has_cpu_forms():
+  return jax.default_backend() == 'cpu' and not _native.get()
 
 
 def dense(features: int, fan_in: int, name: str | None = None) -> nn.Dense:
@@ -127,10 +159,10 @@ def conv_general_dilated(
     and feature_group_count == 1
     and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
   )
-  if plain and jax.default_backend() == 'cpu':
+  if plain and _has_cpu_forms():
     strides, padding = tuple(strides), tuple(map(tuple, padding))
     inputs, kernel = _varying_alike(inputs, kernel)
-    form = cpu_convolutions.fastest_conv(
+    form = convolutions.fastest_conv(
       inputs.shape, kernel.shape, strides, padding
     )
     return form(inputs, kernel, strides, padding, precision)
@@ -173,77 +205,10 @@ def max_pool(
     raise ValueError(
       f'padding must be at most half the window {window}, got {padding}'
     )
-  if jax.default_backend() == 'cpu':
-    return cpu_pooling.max_pool(x, window, stride, padding)
+  if _has_cpu_forms():
+    return pooling.max_pool(x, window, stride, padding)
   return nn.max_pool(
     x, (window, window), (stride, stride), [(padding, padding)] * 2
-  )
-
-
-@contextlib.contextmanager
-def intercept_dense(
-  multiply: Callable[[jax.Array, jax.Array], jax.Array], params: Any
-) -> Iterator[None]:
-  """Inside of it flax's dense layers multiply by way of `multiply`.
-
-  Only `nn.Dense` itself is meant, with its usual product; subclasses, and
-  layers with a `dot_general`, a `precision` or a `promote_dtype` of their own,
-  stay as they are.
-
-  Args:
-    multiply: `(x [..., in], kernel [in, out]) -> [..., out]`, such as
-      `mtl_jax.ghost_update` gives to a loss function.
-    params: a tree; layers whose kernel is one of its leaves, the same object,
-      are meant. What a model makes of its parameters first (casts, or the
-      blocks of `remat`) is another object.
-
-  Yields:
-    Nothing.
-
-  Raises:
-    ValueError: at the end, if no such layer was called.
-
-  Examples:
-    >>> from flax import linen as nn
-    >>> import jax, jax.numpy as jnp
-    >>> from mtl_jax import models
-    >>> model, x = nn.Dense(3), jnp.ones((1, 2))
-    >>> params = model.init(jax.random.key(0), x)
-    >>> with models.intercept_dense(lambda x, w: 0 * (x @ w) + 20, params):
-    ...   print(model.apply(params, x))
-    [[20. 20. 20.]]
-  """
-  kernels = jax.tree.leaves(params)
-  called = []
-
-  def call(next_call, args, keywords, context):
-    module = context.module
-    if context.method_name != '__call__' or not _is_usual_dense(module):
-      return next_call(*args, **keywords)
-    own = module.variables.get('params', {})
-    if not any(own.get('kernel') is leaf for leaf in kernels):
-      return next_call(*args, **keywords)
-    called.append(module.name)
-    (x,) = (*args, *keywords.values())
-    kernel, bias = own['kernel'], own.get('bias')
-    x, _, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=module.dtype)
-    y = multiply(x, kernel)
-    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-
-  with nn.intercept_methods(call):
-    yield
-  if not called:
-    raise ValueError(
-      'params must hold kernels of dense layers as the model uses them; of '
-      f'{len(kernels)} leaves no layer that was called uses one'
-    )
-
-
-def _is_usual_dense(module):
-  usual = nn.Dense(1, parent=None)
-  names = 'precision', 'dot_general', 'dot_general_cls', 'promote_dtype'
-  return type(module) is nn.Dense and all(
-    getattr(module, name) is getattr(usual, name) for name in names
   )
 
 

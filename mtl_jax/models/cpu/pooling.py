@@ -11,7 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.models import cpu_windows
+from mtl_jax.models.cpu import spans
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -24,9 +24,9 @@ def _max_and_place(x, window, stride, padding):
   """The maximum of every window, and where in the window it is first."""
   shape = (window,) * 2
   strides, pads = (stride,) * 2, ((padding,) * 2,) * 2
-  out_size = cpu_windows.out_size(x.shape, shape, strides, pads)
+  out_size = spans.out_size(x.shape, shape, strides, pads)
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
-  first, *rest = cpu_windows.windows(x, shape, strides, out_size)
+  first, *rest = spans.windows(x, shape, strides, out_size)
   place = jnp.zeros(first.shape, jnp.int16)
   for number, value in enumerate(rest, 1):
     larger = (value > first) | (jnp.isnan(value) & ~jnp.isnan(first))
@@ -53,7 +53,7 @@ def _max_pool_backward(window, stride, padding, saved, cotangent):
       )
       for i, low in enumerate(lows)
     ]
-    total += cpu_windows.pad(jnp.where(place == number, cotangent, 0), space)
+    total += spans.pad(jnp.where(place == number, cotangent, 0), space)
   ends = [padding + n for n in x.shape[1:3]]
   inside = (0, padding, padding, 0), (x.shape[0], *ends, x.shape[3])
   return (lax.slice(total, *inside),)

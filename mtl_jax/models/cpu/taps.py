@@ -8,7 +8,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.models import cpu_windows
+from mtl_jax.models.cpu import spans
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -33,7 +33,7 @@ def conv_by_taps(x, kernel, strides, padding, precision):
 
 def _sum_over_taps(x, kernel, strides, padding, precision):
   wide = jnp.promote_types(x.dtype, jnp.float32)
-  out_size = cpu_windows.out_size(x.shape, kernel.shape, strides, padding)
+  out_size = spans.out_size(x.shape, kernel.shape, strides, padding)
   out = jnp.zeros((x.shape[0], *out_size, kernel.shape[-1]), wide)
   for tap in _taps(x.shape, kernel.shape, strides, padding):
     value = jnp.matmul(
@@ -115,14 +115,14 @@ class _Tap(NamedTuple):
       (low, shape[1 + i] - low - self._span(i), self.strides[i] - 1)
       for i, low in enumerate(self.first_in)
     ]
-    return cpu_windows.pad(value, space)
+    return spans.pad(value, space)
 
   def among_outputs(self, value, out_size):
     space = [
       (low, out_size[i] - low - self.count[i], 0)
       for i, low in enumerate(self.first_out)
     ]
-    return cpu_windows.pad(value, space)
+    return spans.pad(value, space)
 
   def _span(self, i):
     return (self.count[i] - 1) * self.strides[i] + 1
@@ -130,7 +130,7 @@ class _Tap(NamedTuple):
 
 def _taps(shape, kernel_shape, strides, padding):
   """Yields the taps that meet an input at all."""
-  out_size = cpu_windows.out_size(shape, kernel_shape, strides, padding)
+  out_size = spans.out_size(shape, kernel_shape, strides, padding)
   for place in np.ndindex(*kernel_shape[:2]):
     ends = []
     for i in range(2):

@@ -20,8 +20,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from mtl_jax.models import cpu_taps
-from mtl_jax.models import cpu_windows
+from mtl_jax.models.cpu import spans
+from mtl_jax.models.cpu import taps
 
 # Above these sizes the copies, sums or zeros of the matrix products cost more
 # than the native convolution.
@@ -58,11 +58,9 @@ def fastest_conv(
   narrow = channels <= _MAX_NARROW
   if narrow and not strided and width <= _MAX_BAND_WIDTH:
     return _conv_by_bands
-  outputs = math.prod(
-    cpu_windows.out_size(shape, kernel_shape, strides, padding)
-  )
+  outputs = math.prod(spans.out_size(shape, kernel_shape, strides, padding))
   if outputs <= (_MAX_STRIDED_OUTPUTS if strided else _MAX_OUTPUTS):
-    return _conv_by_patches if narrow else cpu_taps.conv_by_taps
+    return _conv_by_patches if narrow else taps.conv_by_taps
   if channels <= _MAX_ROW_CHANNELS and not strided and outputs in _ROW_OUTPUTS:
     return _conv_by_rows
   return _conv_in_layout
@@ -72,7 +70,7 @@ def _conv_by_patches(x, kernel, strides, padding, precision):
   """One product of all patches [B, H', W', patch] with the kernel."""
   x = _patches(x, kernel.shape, strides, padding)
   kernel = kernel.reshape(1, 1, -1, kernel.shape[-1])
-  return cpu_taps.conv_by_taps(x, kernel, (1, 1), _NO_PADDING, precision)
+  return taps.conv_by_taps(x, kernel, (1, 1), _NO_PADDING, precision)
 
 
 def _conv_by_rows(x, kernel, strides, padding, precision):
@@ -82,14 +80,14 @@ def _conv_by_rows(x, kernel, strides, padding, precision):
   x = _patches(x, (1, width, channels, features), *across)
   kernel = kernel.reshape(height, 1, width * channels, features)
   down = (strides[0], 1), (padding[0], (0, 0))
-  return cpu_taps.conv_by_taps(x, kernel, *down, precision)
+  return taps.conv_by_taps(x, kernel, *down, precision)
 
 
 def _patches(x, kernel_shape, strides, padding):
   """What the kernel meets at every output [B, H', W', height width C]."""
-  out_size = cpu_windows.out_size(x.shape, kernel_shape, strides, padding)
+  out_size = spans.out_size(x.shape, kernel_shape, strides, padding)
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  windows = cpu_windows.windows(x, kernel_shape, strides, out_size)
+  windows = spans.windows(x, kernel_shape, strides, out_size)
   return jnp.concatenate(list(windows), axis=-1)
 
 
@@ -103,9 +101,7 @@ def _conv_by_bands(x, kernel, strides, padding, precision):
   """
   del strides  # ones
   height, kernel_width, channels, features = kernel.shape
-  rows_out, columns_out = cpu_windows.out_size(
-    x.shape, kernel.shape, (1, 1), padding
-  )
+  rows_out, columns_out = spans.out_size(x.shape, kernel.shape, (1, 1), padding)
   # Fewer columns at once have fewer zeros, and more have wider products.
   strips = math.ceil(columns_out * features / _MAX_BAND_OUTPUTS)
   strips = min(strips, columns_out)
