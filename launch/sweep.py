@@ -36,7 +36,7 @@ if __name__ == '__main__':
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 
-from mtl_jax import command_line  # noqa: E402
+from mtl_jax.train import command_line  # noqa: E402
 
 if __name__ == '__main__':
   command_line.start()

@@ -5,7 +5,10 @@ gradients they work on, and the joint updates. Everything else (`mtl_jax.data`,
 `.models`, `.problems`, `.train`, ...) is imported by its own name.
 """
 
-from mtl_jax import command_line as command_line  # Before what takes seconds.
+# A signal is one line from here on, before imports that take seconds.
+from mtl_jax.train import command_line as command_line
+
+# isort: split
 from mtl_jax import gradients
 from mtl_jax import transforms
 from mtl_jax import updates

@@ -24,7 +24,7 @@ import jax
 import ml_collections
 from ml_collections import config_flags
 
-from mtl_jax import command_line
+from mtl_jax.train import command_line
 from mtl_jax.train import distributed
 from mtl_jax.train import loop
 from mtl_jax.train import stopping

@@ -17,7 +17,6 @@ _BELOW_TRAIN = _BELOW_PROBLEMS | {
 }
 ALLOWED = {
   'types': set(),
-  'command_line': set(),
   'transforms': set(),
   'gradients': {'types', 'transforms'},
   'updates': {'types', 'transforms', 'gradients'},
@@ -28,9 +27,9 @@ ALLOWED = {
   'problems': _BELOW_PROBLEMS,
   'train': _BELOW_TRAIN,
   'report': {'types', 'metrics'},
-  'main': _BELOW_TRAIN | {'command_line', 'train', 'report'},
+  'main': _BELOW_TRAIN | {'train', 'report'},
   'predict': _BELOW_TRAIN | {'train', 'report'},
-  '__init__': {'command_line', 'gradients', 'transforms', 'updates'},
+  '__init__': {'gradients', 'transforms', 'updates', 'train'},
 }
 
 # Inside `transforms`.

@@ -1,1 +1,1 @@
-"""The joint update, its sharding, the loop, checkpoints and metric writers."""
+"""The step, its sharding, the loop, checkpoints and metric writers."""
