@@ -1,4 +1,4 @@
-"""Task weights that are computed anew only now and then."""
+"""Task weights recomputed every k updates."""
 
 from typing import Any
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class EveryState(NamedTuple):
   """State of `every`.
 
   Attributes:
-    inner: the aggregator's state, as its last own update left it.
+    inner: the aggregator's state after its last own update.
     task_weights: [T], weights of the last update; zero for absent tasks.
     active: bool [T], the tasks for which the weights were computed.
     count: number of updates so far, int32.
@@ -28,7 +28,7 @@ class EveryState(NamedTuple):
   count: jax.Array  # type: ignore[assignment]
 
   def diagnostics(self) -> dict[str, jax.Array]:
-    """What the aggregator showed when its weights were computed."""
+    """The aggregator's diagnostics from when its weights were computed."""
     return {**self.inner.diagnostics(), 'task_weights': self.task_weights}
 
 
@@ -42,23 +42,23 @@ def every(
 
   .. math:: d_t = \sum_i w_i(G_{k \lfloor t / k \rfloor})\, g_i
 
-  Between, no Gram matrix is made and nothing is solved. Weights are computed at
-  once when other tasks are present than those they were computed for. Scale and
-  degree of homogeneity over k updates: those of the aggregator.
+  In between, no Gram matrix is made and nothing is solved. Weights are
+  recomputed immediately when the set of active tasks changes. Scale and degree
+  of homogeneity over k updates: those of the aggregator.
 
   Args:
     k: at least 1.
     aggregator: any whose update is a weighted sum of the task gradients.
     num_tasks: T; needed at `init` unless the aggregator was made with it or a
-      wrapper tells it.
+      wrapper supplies it.
 
   Returns:
-    An aggregator with an `EveryState`. What the aggregator remembers, draws or
-    shows changes only when its weights are computed.
+    An aggregator with an `EveryState`. Its memory, random draws and diagnostics
+    change only when its weights are computed.
 
   Raises:
     ValueError: for a k below 1, and for an aggregator without weights or with
-      weights of other gradients.
+      weights for other gradients.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -112,7 +112,7 @@ def every(
     return advance(anew, state, present)
 
   def advance(anew, state, present):
-    """The state after an update, whose inner one is made anew if it is due."""
+    """The state after an update; its inner state is recomputed if it is due."""
     due = (state.count % k == 0) | jnp.any(present != state.active)
     inner_state = jax.lax.cond(due, anew, lambda s: s, state.inner)
     return EveryState(

@@ -31,8 +31,7 @@ class FlatMinimaState(NamedTuple):
       `combine='direct'` and `'each'`).
     flat: the aggregator's state for the flat gradients; empty where only one
       aggregation takes place.
-    count: number of updates so far, int32; what a schedule of rho is called
-      with.
+    count: number of updates so far, int32; the argument of a schedule of rho.
   """
 
   loss: Any
@@ -40,7 +39,7 @@ class FlatMinimaState(NamedTuple):
   count: jax.Array  # type: ignore[assignment]
 
   def diagnostics(self) -> dict[str, Any]:
-    """What there is to see in both states, as `'loss/...'`, `'flat/...'`."""
+    """Diagnostics from both states, as `'loss/...'` and `'flat/...'`."""
     parts = {'loss': self.loss, 'flat': self.flat}
     return {
       f'{part}/{name}': value
@@ -81,20 +80,20 @@ def flat_minima(
     \text{shared: } A(g_1, \dots, g_T) + A(h_1, \dots, h_T), \qquad
     \text{head i: } s_i
 
-  A is called twice, with a state of its own each time, both started from the
-  same seed. Absent tasks are neither perturbed nor updated.
+  A is called twice, with separate states that start from the same seed. Absent
+  tasks are neither perturbed nor updated.
 
   Args:
     aggregator: A; any aggregator whose update is homogeneous of degree 1 in the
       gradients. The weights of both parts are in the state whether or not it
-      was made with `num_tasks`. Its `axis_name` and `shard_axis` hold for the
-      perturbation too.
+      was made with `num_tasks`. Its `axis_name` and `shard_axis` also apply to
+      the perturbation.
     task_names: the tasks, in the order of the task axis.
     rho: radius of the perturbation, in the units of the parameters, or an optax
       schedule of the number of updates.
     rho_heads: radius for the heads; `rho` if None.
     adaptive: perturb by :math:`\rho \, w^2 g_i / |\, |w|\, g_i |`, elementwise
-      in the parameters w, which is invariant to their scale (ASAM).
+      in the parameters w (ASAM). This is invariant to their scale.
     norm: `'separate'`: shared part and head are each divided by their own norm
       (paper); `'joint'`: both by the norm over both (the authors' Multi-MNIST
       code).
@@ -102,36 +101,37 @@ def flat_minima(
       ablation. `'second'`: `combiner` of A(g) and A(h). `'each'`: A of
       `combiner` of g_i and h_i (Table 6).
     combiner: an aggregator of two rows, without state, called without losses
-      and active; sums if None. For `'second'` and `'each'` alone.
+      and active; sums if None. Only for `'second'` and `'each'`.
     head_scale: `'none'`, or `'weights'` to multiply s_i of the heads by the
       weights of the loss part.
-    perturbation: with `axis_name` alone. `'global'`: every replica perturbs by
-      the task gradients of all. `'per_device'`: each by its own, with their own
-      norm (m-sharpness, with m the examples of a replica); loss and SAM
-      gradients are then averaged together, after both passes and in place of
-      once after each. A replica without labels of a task does not perturb it.
+    perturbation: only with `axis_name`. `'global'`: every replica perturbs by
+      the task gradients of all replicas. `'per_device'`: each
+      replica perturbs by its local task gradients and their norm (m-sharpness,
+      with m the examples on a replica); loss and SAM gradients are then
+      averaged once, after the second pass, instead of after each pass. A
+      replica without labels of a task does not perturb it.
     eps: added to the norm, so that a zero gradient is not perturbed.
     param_labels: see `shared_only`; `'frozen'` leaves are neither perturbed nor
       updated.
 
   Returns:
-    An aggregator that is not to be wrapped in `shared_only`. Its `update` needs
-    `params` and the keyword `grad_fn`: a function from task parameters (laid
-    out like task gradients: shared leaves [T, *shape] whose row i is meant for
-    task i, all others [*shape]) to task gradients of the same layout, with the
-    same batch and the same randomness as the gradients passed in. Around a
-    method that needs `extra_grads`, `update` also needs `extra_grad_fn`, from
-    task parameters to a tuple of such stacks: their flat gradients are taken at
-    the same perturbed parameters. `losses` and `active` may be {task: value}.
+    An aggregator. Do not wrap it in `shared_only`. Its `update` needs `params`
+    and the keyword `grad_fn`: a function from task parameters (laid out like
+    task gradients: shared leaves [T, *shape] whose row i is for task i, all
+    others [*shape]) to task gradients of the same layout, with the same batch
+    and the same randomness as the gradients passed in. Around a method that
+    needs `extra_grads`, `update` also needs `extra_grad_fn`, from task
+    parameters to a tuple of such stacks. Their flat gradients are taken at the
+    same perturbed parameters. `losses` and `active` may be {task: value}.
 
   Raises:
-    TypeError: for anything that is no aggregator, and for a radius that is no
-      number and no schedule.
+    TypeError: for anything but an aggregator, and for a radius that is neither
+      a number nor a schedule.
     ValueError: for a negative radius or eps, another `norm`, `combine`,
       `head_scale` or `perturbation`, `'per_device'` without `axis_name`, a
-      combiner with state or without use; at `update` without
-      `params`, `grad_fn` or, where needed, `extra_grad_fn`, and for leaves of
-      another shape.
+      combiner with state, and a combiner that `combine` does not use; at
+      `update` without `params`, `grad_fn` or, where needed, `extra_grad_fn`,
+      and for leaves with another shape.
 
   Examples:
     Two tasks, each :math:`\frac12 |\theta - c_i|^2`. The perturbation moves
@@ -154,7 +154,7 @@ def flat_minima(
     Regions <https://arxiv.org/abs/2211.13723>`_, 2022, Algorithm 1
 
     Foret et al., `Sharpness-Aware Minimization
-    <https://arxiv.org/abs/2010.01412>`_, 2020, eq. 2; m-sharpness is of
+    <https://arxiv.org/abs/2010.01412>`_, 2020, eq. 2; m-sharpness is from
     section 4.1
 
     Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021
@@ -241,8 +241,8 @@ def flat_minima(
       partition.check(leaves, param_leaves)
       if present is None:
         return leaves
-      # Shared rows are masked where they are used: a masked stack would be one
-      # more in memory.
+      # Shared rows are masked where they are used: a masked copy would be one
+      # more stack in memory.
       return [
         g if owner is None else jnp.where(present[owner], g, 0)
         for g, owner in zip(leaves, partition.owners, strict=True)
@@ -270,14 +270,14 @@ def flat_minima(
       present,
     )
     task_params = axes.replicate(task_params)
-    # Those of the batch itself first, of further batches after it.
+    # The batch's own gradients come first, then those of further batches.
     of_losses = [task_grads, *extra_grads]
     of_sam = [grad_fn(task_params)]
     if extra_grads:
       moved = extra_grad_fn(task_params)
       of_sam += lifting.check_extra_grads(moved, inner.extra_batches)
     if perturbation == 'per_device':
-      # What is not used from here on is not exchanged either: XLA drops it.
+      # XLA also drops the exchange of values that are not used from here on.
       of_losses, of_sam = axes.average((of_losses, of_sam))
       losses = axes.average_losses(losses)
     else:
@@ -362,7 +362,7 @@ def flat_minima(
   return aggregation.Aggregator(
     init,
     aggregate,
-    # A perturbation by a replica's own gradients comes before their average.
+    # Each replica perturbs by its local gradients before they are averaged.
     axes=axes if perturbation == 'global' else axes._replace(axis_name=None),
     head_scale=head_scale,
     extra_batches=inner.extra_batches,

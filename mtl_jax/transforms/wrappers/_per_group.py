@@ -17,13 +17,13 @@ class PerGroupState(NamedTuple):
   """State of `per_group`.
 
   Attributes:
-    groups: the aggregator's state of each group, by name.
+    groups: the aggregator's state for each group, by name.
   """
 
   groups: dict[str, Any]
 
   def diagnostics(self) -> dict[str, jax.Array]:
-    """What there is to see of each group, as `'<group>/...'`."""
+    """Diagnostics from each group, as `'<group>/...'`."""
     return {
       f'{group}/{name}': value
       for group, state in self.groups.items()
@@ -35,25 +35,26 @@ def per_group(
   aggregator: optax.GradientTransformation,
   group_labels: labels.ParamLabels,
 ) -> aggregation.Aggregator:
-  """Aggregates each group of parameters by itself.
+  """Aggregates each group of parameters separately.
 
-  Gram matrices, weights and whatever the aggregator remembers are a group's
-  own, so that tasks which conflict in one layer and agree in another are
-  treated differently there. Scale and degree of homogeneity: the aggregator's.
+  Each group has its own Gram matrix, weights and memory, so tasks may conflict
+  in one layer and agree in another. Scale and degree of homogeneity: the
+  aggregator's.
 
   Args:
     aggregator: any aggregator.
-    group_labels: which group a leaf belongs to: `'leaf'`, each leaf a group of
-      its own; or, as optax.partition's labels, a tree of strings (a prefix of
-      the parameters' tree will do) or a function from the tree to one, which
-      may look at the structure alone.
+    group_labels: which group a leaf belongs to: `'leaf'`, so that each leaf is
+      a separate group; or, as in optax.partition, a tree of strings (a prefix
+      of the parameters' tree will do) or a function from the tree to one. The
+      function may use only the tree's structure.
 
   Returns:
-    An aggregator with a `PerGroupState`. A random aggregator draws for each
-    group anew. There is no one weight of a task, so heads are not scaled by it.
+    An aggregator with a `PerGroupState`. A random aggregator draws separately
+    for each group. A task has no single weight, so heads are not scaled by
+    weights.
 
   Raises:
-    ValueError: for a group that has no name.
+    ValueError: for a group without a name.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -74,7 +75,7 @@ def per_group(
   inner = aggregation.as_inner('per_group', aggregator)
 
   def split(tree):
-    """The tree once for each group, with other groups' leaves masked."""
+    """One tree for each group, with the leaves from other groups masked."""
     leaves, structure = jax.tree.flatten(tree)
     if isinstance(group_labels, str) and group_labels == 'leaf':
       groups = [
@@ -149,11 +150,11 @@ def per_group(
 
 
 def _fold_keys(state: Any, index: int) -> Any:
-  """The state with keys of its own, so that no two groups draw the same."""
+  """The state with its keys changed, so that no two groups draw the same."""
 
   def fold(path, leaf):
     typed = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    # A raw key is a plain array, and known by the name of its field alone.
+    # A raw key is a plain array, so only the name of its field identifies it.
     raw = path and path[-1] == jax.tree_util.GetAttrKey('key')
     if typed or (raw and arguments.is_raw_key(leaf)):
       return jax.random.fold_in(leaf, index)

@@ -20,19 +20,19 @@ def shared_only(
   param_labels: labels.ParamLabels = labels.default_labels,
   head_scale: str | None = None,
 ) -> aggregation.Aggregator:
-  """Aggregates the shared leaves and lets those of heads pass.
+  """Aggregates the shared leaves and lets the heads pass.
 
   Args:
-    aggregator: any aggregator; sees the shared leaves alone. Its weights are in
-      the state whether or not it was made with `num_tasks`.
+    aggregator: any aggregator; it sees only the shared leaves. Its weights are
+      in the state whether or not it was made with `num_tasks`.
     task_names: the tasks, in the order of the task axis.
     param_labels: a tree of strings (a prefix of the parameters' tree will do)
       or a function from parameters to one: `'shared'`, a task's name, or
       `'frozen'` (zero update).
     head_scale: `'none'` or `'weights'`, which multiplies each head's gradient
-      by its task's weight. None takes the aggregator's own way: `'weights'` for
-      `linear`, so that equal weights are the gradient of the mean loss, heads
-      included, and `'none'` for all others.
+      by its task's weight. None takes the aggregator's default: `'none'` for
+      all except `linear`, which has `'weights'` so that equal weights give the
+      gradient of the mean loss, heads included.
 
   Returns:
     An aggregator: shared leaves [T, *shape] and head leaves [*shape] in, leaves
@@ -40,12 +40,12 @@ def shared_only(
     `active` may be {task: value} too.
 
   Raises:
-    TypeError: for anything that is no aggregator.
+    TypeError: for anything but an aggregator.
     ValueError: for `flat_minima`, for another `head_scale`, for an aggregator
-      of another number of tasks, for `'weights'` with a method without weights;
-      at `init` and `update` for labels that are no task and for leaves that are
-      neither frozen nor real floating-point arrays; at `update` for leaves of
-      another shape.
+      with another number of tasks, for `'weights'` with a method without
+      weights; at `init` and `update` for labels that name no task and for
+      leaves that are neither frozen nor real floating-point arrays; at `update`
+      for leaves with another shape.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -67,8 +67,9 @@ def shared_only(
   def init(params):
     partition = labels.Partition(param_labels, params, names)
     state = inner.init(partition.shared(partition.leaves(params)))
-    # A user who asks for weights of a method without any is told at once;
-    # where it is the method's own default, only when a head is there.
+    # A user who asks for weights from a method without any gets the error at
+    # once. If `'weights'` is the method's default, it is raised only if there
+    # is a head.
     if head_scale == 'weights' and any(o is not None for o in partition.owners):
       heads.head_weights(state)
     return state

@@ -1,4 +1,4 @@
-"""Steps with a non-finite update are left out."""
+"""Skipping of steps with a non-finite update."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -16,9 +16,10 @@ class SkipNonfiniteState(NamedTuple):
   """State of `skip_nonfinite`.
 
   Attributes:
-    inner: state of what is wrapped, as the last update that counted left it.
-    skipped: number of updates left out so far, int32.
-    consecutive: how many of them were the last ones, int32.
+    inner: state of the wrapped transformation after the last update that was
+      not skipped.
+    skipped: number of updates skipped so far, int32.
+    consecutive: number of updates skipped since the last one applied, int32.
   """
 
   inner: Any
@@ -26,7 +27,7 @@ class SkipNonfiniteState(NamedTuple):
   consecutive: jax.Array
 
   def diagnostics(self) -> dict[str, jax.Array]:
-    """What there is to see in `inner`, and `'skipped'`."""
+    """The diagnostics of `inner`, and `'skipped'`."""
     seen = diagnosis.diagnostics(self.inner)
     return {**seen, 'skipped': self.skipped}
 
@@ -37,21 +38,22 @@ def skip_nonfinite(
   *,
   shard_axis: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Leaves an update out, and counts it, where it is not finite.
+  """Skips and counts updates that are not finite.
 
   A NaN or an infinity in an active task's gradient makes every aggregator's
-  update non-finite; so does a loss a weighting cannot take the logarithm of.
-  Wrap the whole chain: the update is then zero, and nothing of its state
-  (moments, weights, keys) has seen the step; `left_out` tells whoever keeps
-  more. `optax.apply_if_finite` does the same for gradients
-  without a task axis; around an aggregator it raises, for shapes change.
+  update non-finite; so does a loss without a logarithm in a weighting that
+  takes one. Wrap the whole chain: a skipped update is zero, and the chain's
+  state (moments, weights, keys) is unchanged. A step that carries further state
+  asks `left_out`. `optax.apply_if_finite` does the same for gradients without a
+  task axis; around an aggregator it raises, because shapes change.
 
   Args:
     inner: the transformation, usually a chain that begins with an aggregator.
-    max_consecutive: after as many updates left out in a row the next one is let
-      through whatever it is, so that a run that is lost shows it. At least 1.
+    max_consecutive: how many updates in a row may be skipped, at least 1. The
+      next one is then applied even if it is not finite, so that a diverged run
+      fails visibly.
     shard_axis: axis over which parameters are sharded inside `shard_map`: all
-      shards leave the update out if one has to.
+      shards skip the update if one has to.
 
   Returns:
     A transformation with the same arguments as `inner`.
@@ -104,16 +106,16 @@ def skip_nonfinite(
 
 
 def left_out(opt_state: Any) -> jax.Array:
-  """Whether the last update was left out by a `skip_nonfinite`, bool scalar.
+  """Whether a `skip_nonfinite` skipped the last update, bool scalar.
 
-  A training step that carries more than parameters and the optimizer's state
-  (running statistics, a loss weighting) keeps the old ones then.
+  If so, a training step that carries more than parameters and the optimizer's
+  state (running statistics, a loss weighting) keeps the old values.
 
   Args:
     opt_state: state of any optax transformation.
 
   Returns:
-    True if any `skip_nonfinite` in it left the last update out; False without
+    True if any `skip_nonfinite` in it skipped the last update; False without
     any.
 
   Examples:

@@ -13,7 +13,7 @@ from mtl_jax.transforms.contract import loss_weighting
 
 
 class WeightedMemory(NamedTuple):
-  """What an aggregator made by `weighted` remembers.
+  """The memory of an aggregator made by `weighted`.
 
   Attributes:
     weighting: state of the `LossWeighting`.
@@ -34,25 +34,25 @@ def weighted(
 
   .. math:: d = \sum_i w_i(L)\, g_i
 
-  It costs a backward pass a task; a training step that takes the weighting
-  itself costs one in all.
+  It costs one backward pass a task. A training step that takes the weighting
+  directly costs one backward pass in all.
 
   Scale: the weighting's. Degree of homogeneity: 1.
 
   Args:
     weighting: e.g. `uncertainty()` or `gls()`.
-    num_tasks: T; needed, here or by a wrapper that knows the tasks.
+    num_tasks: T; needed, here or from a wrapper that knows the tasks.
     axis_name: see `from_gram`; losses are averaged first too.
     reduce: see `from_gram`.
     shard_axis: see `from_gram`.
 
   Returns:
-    An aggregator whose `update` needs `losses` [T] and hands further arguments
-    to the weighting. `shared_only` multiplies heads by the task's weight too,
-    as the weights are weights of losses.
+    An aggregator whose `update` needs `losses` [T] and passes further arguments
+    to the weighting. `shared_only` also multiplies heads by the task's weight,
+    because these are weights for losses.
 
   Raises:
-    TypeError: for a weighting that is none.
+    TypeError: for anything but a `LossWeighting`.
     ValueError: at `init` without `num_tasks`; at `update` without `losses`.
 
   Examples:
@@ -135,19 +135,19 @@ def after_step(
   opt_state: Any,
   active: Any = None,
 ) -> Any:
-  """Tells a weighting inside an optimizer the losses after the step.
+  """Passes the losses after the step to a weighting inside an optimizer.
 
   Args:
-    weighting: the one that `weighted` was given.
-    new_losses: [T], of the same batch at the new parameters; means over all
-      replicas, like the losses that the weighting saw.
+    weighting: the one passed to `weighted`.
+    new_losses: [T], for the same batch at the new parameters; means over all
+      replicas, like the losses passed to `update`.
     opt_state: state of any optax transformation with `weighted` in it, once or
       (as in `flat_minima`) more than once.
-    active: bool [T], the tasks of that batch; None for all.
+    active: bool [T], the tasks in that batch; None for all.
 
   Returns:
     The optimizer state for the next update; `opt_state` itself if the weighting
-    does not look at losses after the step.
+    does not use losses after the step.
 
   Raises:
     ValueError: if no aggregator made by `weighted` is in `opt_state`.

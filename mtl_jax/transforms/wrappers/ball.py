@@ -1,4 +1,4 @@
-"""The perturbation of each task, and what it changes of the gradients."""
+"""The perturbation of each task, and the flat gradients that follow from it."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from mtl_jax.transforms.contract import labels
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
-  """How far, and in which ball, every task is perturbed.
+  """The radius and the ball within which every task is perturbed.
 
   Attributes:
     rho: radius, in the units of the parameters, or an optax schedule of the
@@ -31,7 +31,7 @@ class Perturbation:
 
   Raises:
     TypeError: for a radius that is neither a number nor a schedule.
-    ValueError: for a negative radius, another norm, and eps that is not
+    ValueError: for a negative radius, another norm, and an eps that is not
       positive.
   """
 
@@ -62,7 +62,7 @@ def schedule(name: str, rho: Any) -> Callable[[jax.Array], Any]:
   """A radius as a function of the number of updates."""
   if callable(rho):
     return rho
-  if isinstance(rho, jax.Array):  # It may be traced: its value is not known.
+  if isinstance(rho, jax.Array):  # Its value may be traced.
     return lambda count: rho
   if not isinstance(rho, int | float | np.number):
     raise TypeError(f'{name} must be a number or a schedule, got {rho!r}')
@@ -71,7 +71,7 @@ def schedule(name: str, rho: Any) -> Callable[[jax.Array], Any]:
 
 
 def _widen(leaf: jax.Array) -> jax.Array:
-  """The leaf in the dtype of norms: small numbers squared stay numbers."""
+  """The leaf in the dtype for norms, so that small squares do not underflow."""
   return leaf.astype(algebra.wide(leaf.dtype))
 
 
@@ -86,7 +86,7 @@ def squared_norm(tree: Any) -> jax.Array:
 
 
 class Norms(NamedTuple):
-  """Squared norms of task gradients, [T] or those of one task, by part."""
+  """Squared norms of task gradients by part, [T] or for one task."""
 
   shared: jax.Array
   heads: jax.Array
@@ -95,15 +95,15 @@ class Norms(NamedTuple):
 def step_sizes(
   squares: Norms, perturbation: Perturbation, count: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """What gradients are multiplied by to be perturbations, by part.
+  """The factors that turn gradients into perturbations, by part.
 
   Args:
-    squares: squared norms of what is to be perturbed.
+    squares: squared norms of the gradients.
     perturbation: the ball.
     count: number of updates so far.
 
   Returns:
-    Factors of the shared parts and of the heads, shaped like `squares`.
+    Factors for the shared parts and for the heads, shaped like `squares`.
   """
   if perturbation.norm == 'joint':
     both = squares.shared + squares.heads
@@ -117,7 +117,7 @@ def step_sizes(
 
 
 def _shared(partition: labels.Partition, leaves: Sequence[Any]) -> list[Any]:
-  """The shared ones of all leaves."""
+  """The shared leaves among all leaves."""
   return [
     leaf
     for leaf, label in zip(leaves, partition.labels, strict=True)
@@ -128,7 +128,7 @@ def _shared(partition: labels.Partition, leaves: Sequence[Any]) -> list[Any]:
 def _squared_rows(
   stack: Sequence[jax.Array], size: int, axes: aggregation.Axes
 ) -> jax.Array:
-  """Squared norms [T] of the rows of a stack of leaves [T, *shape]."""
+  """Squared norms [T] of the rows in a stack of leaves [T, *shape]."""
   total = jnp.zeros(size)
   for leaf in stack:
     total = total + _squares(leaf, tuple(range(1, leaf.ndim)))
@@ -157,7 +157,7 @@ def perturbed(
   axes: aggregation.Axes,
   present: jax.Array | None = None,
 ) -> Any:
-  """Task parameters: each task at its own worst point of the ball.
+  """Task parameters, with each task at its worst point in the ball.
 
   Args:
     partition: which leaves are shared.
@@ -167,12 +167,12 @@ def perturbed(
     count: number of updates so far.
     axes: the mapped axes.
     present: bool [T], the tasks to perturb; all by default. The shared rows of
-      others may hold anything.
+      other tasks may hold anything.
 
   Returns:
     A tree laid out like task gradients.
   """
-  # A task axis to meet that of the gradients: ranks are never promoted here.
+  # The parameter gets a task axis like the gradients': ranks are not promoted.
   params = [
     p[None] if label == labels.SHARED else p
     for p, label in zip(params, partition.labels, strict=True)
@@ -218,10 +218,11 @@ def perturbed_task(
   perturbation: Perturbation,
   count: jax.Array,
 ) -> list[Any]:
-  """`perturbed` of one task by itself, without a task axis.
+  """`perturbed` for a single task, without a task axis.
 
   Args:
-    grads: the task's gradient: leaves of the shared part, leaves of its head.
+    grads: the task's gradient: leaves of the shared part and leaves of its
+      head.
     params: the parameters likewise.
     perturbation: the ball.
     count: number of updates so far.
@@ -250,12 +251,12 @@ def perturbed_task(
 def resolved(
   of_flat: jax.Array, of_loss: jax.Array, shared: Sequence[Any]
 ) -> jax.Array:
-  """Bool [T]: which flat gradients are more than rounding.
+  """Mask of the flat gradients that are more than rounding, bool [T].
 
   Args:
     of_flat: [T], squared norms of the flat gradients.
-    of_loss: [T], those of the loss gradients.
-    shared: arrays of the dtypes that gradients of the shared part have.
+    of_loss: [T], squared norms of the loss gradients.
+    shared: arrays with the dtypes of the shared part's gradients.
   """
   eps = max((float(jnp.finfo(x.dtype).eps) for x in shared), default=0.0)
   # A non-finite gradient is not rounding: it has to reach the update.
@@ -279,7 +280,7 @@ def flat_part(
     present: as in `perturbed`; the rows of other tasks are zero.
 
   Returns:
-    Leaves of the flat gradients; of heads those of `loss_grads`.
+    Leaves of the flat gradients; for heads, the leaves of `loss_grads`.
   """
   loss, sam = (
     list(map(jnp.asarray, _shared(partition, grads)))
@@ -301,7 +302,7 @@ def flat_part(
       ]
       return [s.at[i].set(x) for s, x in zip(sam, rows, strict=True)]
 
-    # In the place of the SAM gradients.
+    # This overwrites the SAM gradients.
     flat = jax.lax.fori_loop(0, size, write, sam)
   else:
     flat = [jnp.where(algebra.row(seen, h), h, 0) for h in difference]
