@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable
 
-import jax
 import jax.numpy as jnp
 
 from mtl_jax.transforms.contract import aggregation
@@ -67,14 +66,23 @@ def cagrad(
   divisor = {'none': 1.0, '1+c^2': 1 + c * c, '1+c': 1 + c}[rescale]
 
   # A traced c may be 0 too, but only when the program runs.
-  is_mean = not isinstance(c, jax.Array) and c == 0
+  is_mean = arguments.is_known(c) and c == 0
 
   def weights_fn(gram, *, losses, active):
     del losses
     mean = active / jnp.maximum(jnp.sum(active), 1).astype(gram.dtype)
     if is_mean:
       return mean
-    found, multiplier = averse.conflict_averse(gram, active, c)
+    radius = arguments.in_dtype(c, gram.dtype)
+    if arguments.is_known(c):
+      found, multiplier = averse.conflict_averse(gram, active, radius)
+    else:
+      # A ball of no radius has no dual.
+      there = radius > 0
+      found, multiplier = averse.conflict_averse(
+        gram, active, jnp.where(there, radius, 1)
+      )
+      multiplier = jnp.where(there, multiplier, 0)
     weights = (mean + multiplier * found.weights) / divisor
     return gram_based.Solution(weights, found.residual)
 

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 
 from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import gram_based
 from mtl_jax.transforms.solvers import conic
 from mtl_jax.transforms.solvers import simplex
@@ -64,8 +65,9 @@ def conicgrad(
     Hassanpour et al., `Fantastic Multi-Task Gradient Updates and How to Find
     Them In a Cone <https://arxiv.org/abs/2502.00217>`_, 2025
   """
-  if not 0 < angle < 90:
-    raise ValueError(f'angle must be between 0 and 90 degrees, got {angle}')
+  arguments.check_that(
+    'angle', angle, lambda x: 0 < x < 90, 'between 0 and 90 degrees'
+  )
 
   def weights_fn(gram, *, losses, active):
     del losses
@@ -77,8 +79,12 @@ def conicgrad(
     square = share @ cos @ share
     mean = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     tilt = cos @ share / jnp.where(mean > 0, mean, 1)
+    if arguments.is_known(angle):
+      radians = math.radians(angle)
+    else:
+      radians = jnp.deg2rad(angle.astype(gram.dtype))
     found = conic.worst_gain(
-      cos, tilt, simplex.relative(lengths, usable), math.radians(angle)
+      cos, tilt, simplex.relative(lengths, usable), radians
     )
     count = jnp.maximum(jnp.sum(active), 1)
     # The quotient of lengths first; each alone may be far from 1.

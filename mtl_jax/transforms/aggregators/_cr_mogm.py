@@ -13,6 +13,7 @@ from mtl_jax.transforms.aggregators import _mgda
 from mtl_jax.transforms.aggregators import _tracked
 from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import algebra
+from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import lifting
 
 
@@ -93,8 +94,8 @@ def cr_mogm(
     <https://proceedings.neurips.cc/paper_files/paper/2022/hash/f91bd64a3620aad8e70a27ad9cb3ca57-Abstract-Conference.html>`_,
     2022, Algorithm 2
   """
-  if not callable(decay) and not 0 <= decay < 1:
-    raise ValueError(f'decay must be in [0, 1), got {decay}')
+  if not callable(decay):
+    arguments.check_that('decay', decay, lambda x: 0 <= x < 1, 'in [0, 1)')
   axes = aggregation.Axes(axis_name, reduce, shard_axis)
   if aggregator is None:
     aggregator = _mgda.mgda(

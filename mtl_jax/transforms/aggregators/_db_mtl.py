@@ -85,8 +85,7 @@ def db_mtl(
     Lin et al., `Dual-Balancing for Multi-Task Learning
     <https://arxiv.org/abs/2308.12029>`_, 2023, Algorithm 1
   """
-  if not 0 <= beta < 1:
-    raise ValueError(f'beta must be in [0, 1), got {beta}')
+  arguments.check_that('beta', beta, lambda x: 0 <= x < 1, 'in [0, 1)')
   arguments.check_not_negative('beta_decay', beta_decay)
 
   def memory(size, params, dtype):

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import algebra
@@ -71,7 +70,7 @@ def graddrop(
   """
   arguments.check_seed(seed)
   leaks = arguments.as_numbers('leak', leak)
-  if not all(0 <= x <= 1 for x in np.ravel(leaks)):
+  if not all(0 <= x <= 1 for x in arguments.known(leaks)):
     raise ValueError(f'leak must be from 0 to 1, got {leak}')
   arguments.check_length('leak', leaks, num_tasks)
 

@@ -80,8 +80,7 @@ def gradvac(
     Optimization in Massively Multilingual Models
     <https://arxiv.org/abs/2010.05874>`_, 2021, Algorithm 1
   """
-  if not 0 <= beta <= 1:
-    raise ValueError(f'beta must be from 0 to 1, got {beta}')
+  arguments.check_that('beta', beta, lambda x: 0 <= x <= 1, 'from 0 to 1')
   arguments.check_seed(seed)
 
   def weights_fn(gram, *, losses, active, key, memory):

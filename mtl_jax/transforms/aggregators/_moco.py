@@ -100,8 +100,7 @@ def moco(
     Provably Convergent Stochastic Approach <https://arxiv.org/abs/2210.12624>`_,
     2023, Algorithm 1
   """
-  if not 0 < beta <= 1:
-    raise ValueError(f'beta must be in (0, 1], got {beta}')
+  arguments.check_that('beta', beta, lambda x: 0 < x <= 1, 'in (0, 1]')
   arguments.check_positive('gamma', gamma)
   arguments.check_not_negative('beta_decay', beta_decay)
   arguments.check_not_negative('gamma_decay', gamma_decay)

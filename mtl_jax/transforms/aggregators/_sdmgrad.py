@@ -102,8 +102,7 @@ def sdmgrad(
   arguments.one_of('sampling', sampling, ('independent', 'single'))
   arguments.check_count('inner_steps', inner_steps)
   arguments.check_positive('learning_rate', learning_rate)
-  if not 0 <= momentum < 1:
-    raise ValueError(f'momentum must be in [0, 1), got {momentum}')
+  arguments.check_that('momentum', momentum, lambda x: 0 <= x < 1, 'in [0, 1)')
   arguments.one_of('scale', scale, ('relative', 'paper'))
   arguments.one_of('rescale', rescale, ('none', '1+lambda'))
 

@@ -148,8 +148,8 @@ def forum(
   arguments.check_positive('rho', rho)
   arguments.check_count('inner_steps', inner_steps)
   arguments.one_of('normalization', normalization, ('none', 'l2'))
-  if beta is not None and not callable(beta) and not 0 <= beta <= 1:
-    raise ValueError(f'beta must be in [0, 1], got {beta}')
+  if beta is not None and not callable(beta):
+    arguments.check_that('beta', beta, lambda x: 0 <= x <= 1, 'in [0, 1]')
   adam = optax.adam(1e-3) if optimizer is None else optimizer
   _bilevel.check_optimizer(adam)
 

@@ -1,5 +1,11 @@
-"""Checks of what factories are given; each error names argument and value."""
+"""Checks of the arguments of factories; each error names argument and value.
 
+The value of a `jax.Array` is not checked: it may be traced, by
+`optax.inject_hyperparams` or `jax.vmap`, and is then unknown. What sets shapes
+or counts steps has to be known.
+"""
+
+from collections.abc import Callable
 from collections.abc import Sequence
 import math
 from typing import Any
@@ -15,20 +21,53 @@ def one_of(argument: str, value: Any, choices: Sequence[str]) -> None:
     raise ValueError(f'{argument} must be one of {choices}, got {value!r}')
 
 
+def is_known(value: Any) -> bool:
+  """Whether its value can be looked at while a program is traced."""
+  return not isinstance(value, jax.Array)
+
+
+def check_that(
+  argument: str, value: Any, holds: Callable[[Any], bool], condition: str
+) -> None:
+  """Raises unless a known number fulfils a condition.
+
+  Args:
+    argument: its name.
+    value: a number.
+    holds: the condition.
+    condition: the same in words, after "must be".
+  """
+  if is_known(value):
+    if not holds(value):
+      raise ValueError(f'{argument} must be {condition}, got {value}')
+  elif value.shape:
+    raise ValueError(f'{argument} must be one number, got shape {value.shape}')
+
+
 def check_positive(argument: str, value: float) -> None:
   """Raises unless `value` is positive and finite."""
-  if not 0 < value < math.inf:
-    raise ValueError(f'{argument} must be positive and finite, got {value}')
+  check_that(argument, value, lambda x: 0 < x < math.inf, 'positive and finite')
 
 
 def check_not_negative(argument: str, value: float) -> None:
   """Raises unless `value` is finite and not negative."""
-  if not 0 <= value < math.inf:
-    raise ValueError(f'{argument} must be finite and not negative, got {value}')
+  check_that(
+    argument, value, lambda x: 0 <= x < math.inf, 'finite and not negative'
+  )
+
+
+def in_dtype(value: Any, dtype: Any) -> Any:
+  """A number for arithmetic in `dtype`, which an array would widen."""
+  return value if is_known(value) else value.astype(dtype)
 
 
 def check_count(argument: str, value: int, least: int = 1) -> None:
-  """Raises unless `value` is a whole number of at least `least`."""
+  """Raises unless `value` is a known whole number of at least `least`."""
+  if not is_known(value):
+    raise ValueError(
+      f'{argument} must be a Python integer, got {value}: it cannot be an '
+      'array or traced. Name it in static_args of optax.inject_hyperparams'
+    )
   if not isinstance(value, int | np.integer) or value < least:
     raise ValueError(
       f'{argument} must be a whole number of at least {least}, got {value}'
@@ -68,24 +107,48 @@ def as_numbers(
   argument: str, values: float | Sequence[float]
 ) -> float | tuple[float, ...]:
   """A finite number for all tasks, or a tuple of one each."""
-  if np.ndim(values) > 1 or np.size(values) == 0:
+  items = _items(argument, values, 'a number or [tasks]')
+  if not isinstance(items, tuple):
+    items = float(items) if is_known(items) else items
+  elif not items:
     raise ValueError(f'{argument} must be a number or [tasks], got {values!r}')
-  numbers = tuple(float(v) for v in np.ravel(values))
-  if not all(math.isfinite(v) for v in numbers):
+  if not all(math.isfinite(v) for v in known(items)):
     raise ValueError(f'{argument} must be finite, got {values!r}')
-  return numbers if np.ndim(values) else numbers[0]
+  return items
 
 
 def as_weights(argument: str, values: Sequence[float]) -> tuple[float, ...]:
   """A tuple of non-negative numbers that are not all zero."""
-  if np.ndim(values) != 1:
+  weights = _items(argument, values, '[tasks]')
+  if not isinstance(weights, tuple):
     raise ValueError(f'{argument} must be [tasks], got {values!r}')
-  weights = tuple(float(v) for v in values)
-  if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+  if not all(math.isfinite(w) and w >= 0 for w in known(weights)) or not any(
+    not is_known(w) or w for w in weights
+  ):
     raise ValueError(
       f'{argument} must be finite, non-negative and not all 0, got {weights}'
     )
   return weights
+
+
+def known(values: Any) -> list[Any]:
+  """The known ones of one number or a tuple of them."""
+  items = values if isinstance(values, tuple) else (values,)
+  return [x for x in items if is_known(x)]
+
+
+def _items(argument: str, values: Any, expected: str) -> Any:
+  """One number as it is, or a tuple of scalars; known ones are floats."""
+  shapes = {np.shape(v) for v in values} if _is_listed(values) else {()}
+  if shapes - {()} or np.ndim(0 if _is_listed(values) else values) > 1:
+    raise ValueError(f'{argument} must be {expected}, got {values!r}')
+  if not _is_listed(values) and not np.ndim(values):
+    return values
+  return tuple(float(v) if is_known(v) else v for v in values)
+
+
+def _is_listed(values: Any) -> bool:
+  return isinstance(values, list | tuple)
 
 
 def as_preference(

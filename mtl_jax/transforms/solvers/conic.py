@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import math
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -47,17 +48,19 @@ class _Problem(NamedTuple):
     matrix: [T + 1, T + 1], cosines of the task gradients and of their mean.
     rows: [T + 1, T + 1], coordinates with those cosines. The length of a sum
       that nearly cancels has four digits by them, and none by inner products.
-    angle: half the opening angle in radians.
+    along: cosine of half the opening angle.
+    across: its sine.
   """
 
   a: jax.Array
   matrix: jax.Array
   rows: jax.Array
-  angle: float
+  along: Any
+  across: Any
 
 
 def worst_gain(
-  cos: jax.Array, tilt: jax.Array, a: jax.Array, angle: float
+  cos: jax.Array, tilt: jax.Array, a: jax.Array, angle: Any
 ) -> Direction:
   r"""Maximises the worst gain over |d| <= 1 with <g_0, d> >= c |g_0|.
 
@@ -89,8 +92,11 @@ def worst_gain(
   values, vectors = jnp.linalg.eigh(matrix)
   kept = values > _RANK_TOLERANCE * size
   rows = vectors * jnp.sqrt(jnp.where(kept, values, 0))[None, :]
-  problem = _Problem(a, matrix, rows, angle)
-  still = _Problem(*jax.lax.stop_gradient(problem[:3]), angle)
+  # Numbers stay numbers where the angle is one; it may be traced.
+  functions: Any = math if isinstance(angle, float) else jnp
+  along, across = functions.cos(angle), functions.sin(angle)
+  problem = _Problem(a, matrix, rows, along, across)
+  still = _Problem(*jax.lax.stop_gradient(problem[:3]), along, across)
   first = _by_newton(still)
   converged = _direction(still, *first).residual <= _CONVERGED
 
@@ -110,9 +116,7 @@ def worst_gain(
 def _linear(problem: _Problem) -> jax.Array:
   """What is linear in (v, nu)."""
   size = problem.a.shape[0]
-  return (
-    jnp.zeros(size + 1, problem.a.dtype).at[-1].set(-math.cos(problem.angle))
-  )
+  return jnp.zeros(size + 1, problem.a.dtype).at[-1].set(-problem.along)
 
 
 def _minimise(
@@ -198,7 +202,7 @@ def _direction(
   problem: _Problem, z: jax.Array, multiplier: jax.Array | float
 ) -> Direction:
   """The best direction for the weights; a longer multiplier is not taken."""
-  along, across = math.cos(problem.angle), math.sin(problem.angle)
+  along, across = problem.along, problem.across
   rows = jax.lax.stop_gradient(problem.rows)
   a, units, mean = problem.a, rows[:-1], rows[-1]
   cos, tilt = problem.matrix[:-1, :-1], problem.matrix[-1, :-1]

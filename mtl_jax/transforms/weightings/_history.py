@@ -175,10 +175,11 @@ def dtp(
     2018
   """
   gammas = arguments.as_numbers('gamma', gamma)
-  if min(gammas if isinstance(gammas, tuple) else (gammas,)) < 0:
+  if any(x < 0 for x in arguments.known(gammas)):
     raise ValueError(f'gamma must not be negative, got {gamma!r}')
-  if not 0 < alpha <= 1:
-    raise ValueError(f'alpha must be above 0 and at most 1, got {alpha}')
+  arguments.check_that(
+    'alpha', alpha, lambda x: 0 < x <= 1, 'above 0 and at most 1'
+  )
   if not callable(kpi):
     raise ValueError(f'kpi must be a function of the losses, got {kpi!r}')
 

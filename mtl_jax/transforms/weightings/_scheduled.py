@@ -82,7 +82,9 @@ def scheduled_weights(
       )
     schedules = tuple(schedules)
     constants = [s for s in schedules if not callable(s)]
-    if not schedules or not all(0 <= s < math.inf for s in constants):
+    if not schedules or not all(
+      0 <= s < math.inf for s in arguments.known(tuple(constants))
+    ):
       raise ValueError(
         'schedules must be functions of the count or finite, non-negative '
         f'numbers, one a task, got {schedules}'

@@ -119,7 +119,7 @@ def stch(
   preference = arguments.as_preference(preference)
   lowest = arguments.as_numbers('ideal', 0.0 if ideal is None else ideal)
   highest = arguments.as_numbers('nadir', 1.0 if nadir is None else nadir)
-  if min(highest if isinstance(highest, tuple) else (highest,)) <= 0:
+  if any(x <= 0 for x in arguments.known(highest)):
     raise ValueError(f'nadir must be positive, got {nadir!r}')
   window = warm_up_steps if nadir_steps is None else nadir_steps
   per_task = (
