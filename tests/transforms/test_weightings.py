@@ -48,8 +48,8 @@ ORDER = [1, 2, 0]
 ABSENT = [(1,), (0,), (0, 1), (1, 2)]
 # What stands where a loss would: none of them may matter.
 INSTEAD = [1.0, 0.0, -1.0, 1e30, NAN, INF, -INF]
-# Not above any of the bounds either.
-WITHOUT_LOGARITHM = [BOUNDS[1], -1.0, NAN, INF, -INF]
+# Below all of the bounds too.
+WITHOUT_LOGARITHM = [2 * min(BOUNDS), -1.0, NAN, INF, -INF]
 NOT_FINITE = WITHOUT_LOGARITHM[2:]
 
 
@@ -70,7 +70,7 @@ def courses(size):
     for loss in INSTEAD:
       losses = np.where(active[:, None], sequence(3), np.float32(loss))
       found[f'{absent} absent, loss {loss}'] = Course(losses, active)
-  for loss in WITHOUT_LOGARITHM:
+  for loss in [0.0, *WITHOUT_LOGARITHM]:
     losses = sequence(3)
     # Once before a step and once after one.
     losses[2, 0, 1] = losses[4, 1, 1] = loss
@@ -252,6 +252,13 @@ def test_loss_without_a_logarithm_gives_nan_weights_and_does_no_harm(row):
     assert np.all(np.isfinite(np.delete(weights, 2, axis=0))), loss
     for leaf in jax.tree.leaves(states):
       assert np.all(np.isfinite(leaf[-1])), loss
+
+
+@pytest.mark.parametrize('row', rows.ALL)
+def test_loss_of_zero_gives_finite_weights(row):
+  weights, _, states = run(row.name)[3, 'a loss of 0.0']
+  for leaf in (weights, *jax.tree.leaves(states)):
+    assert np.all(np.isfinite(leaf))
 
 
 @pytest.mark.parametrize('row', rows.ALL)

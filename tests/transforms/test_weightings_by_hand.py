@@ -431,3 +431,47 @@ def test_all_equal_losses_have_the_weights_of_the_mean_or_the_sum():
   ):
     weights, _ = weigh(weighting, losses)
     np.testing.assert_allclose(weights.sum(), total, rtol=1e-6)
+
+
+SOLVABLE = {
+  'gls': (mtl_jax.gls, 0.0),
+  'si': (mtl_jax.si, 0.0),
+  'famo': (mtl_jax.famo, 0.0),
+  'famo with bounds': (
+    lambda: mtl_jax.famo(min_losses=(0.5, 0.25, 0.125)),
+    0.25,
+  ),
+  'stch': (lambda: mtl_jax.stch(objectives='log_losses', nadir=2.0), 0.0),
+  'stch warming up': (
+    lambda: mtl_jax.stch(objectives='log_losses', warm_up_steps=2),
+    0.0,
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ('make', 'bound'), SOLVABLE.values(), ids=SOLVABLE.keys()
+)
+def test_a_task_at_the_bound_of_its_loss_counts_as_absent(make, bound):
+  weighting = make()
+  state = weighting.init(3)
+  found, _ = weighting.update(jnp.array([2.0, bound, 3.0]), state)
+  expected, _ = weighting.update(
+    jnp.array([2.0, 1.0, 3.0]), state, active=jnp.array([True, False, True])
+  )
+  np.testing.assert_array_equal(found, expected)
+  assert found[1] == 0 < min(found[0], found[2])
+  nobody, _ = weighting.update(
+    jnp.array([0.5, 0.25, 0.125]) * (bound > 0), state
+  )
+  np.testing.assert_array_equal(nobody, [0, 0, 0])
+
+
+@pytest.mark.parametrize('make', [mtl_jax.uncertainty, mtl_jax.imtl_l])
+def test_a_learned_weight_stays_finite_while_the_loss_stays_zero(make):
+  weighting = make(50.0, optimizer=optax.sgd)
+  state = weighting.init(2)
+  for _ in range(6):
+    weights, state = weighting.update(jnp.array([0.0, 1e-3]), state)
+  assert weights[0] > 1e37
+  assert weights[0] * 0 == 0

@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 
+from mtl_jax.transforms.contract import variables
+
 
 def _shows(node: Any) -> bool:
   return callable(getattr(node, 'diagnostics', None))
@@ -13,7 +15,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
   """Finds the aggregators in an optimizer state and what they show.
 
   Args:
-    opt_state: state of any optax transformation, such as a chain.
+    opt_state: state of any optax transformation, such as a chain; also as
+      `flax.nnx.Optimizer` holds it.
 
   Returns:
     A flat dictionary of what the last update left behind. From an aggregator
@@ -48,7 +51,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
   found = [
     (path, node)
     for path, node in jax.tree_util.tree_leaves_with_path(
-      opt_state, is_leaf=_shows
+      variables.unwrapped(opt_state), is_leaf=_shows
     )
     if _shows(node)
   ]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import variables
 
 SHARED = 'shared'
 FROZEN = 'frozen'
@@ -115,9 +116,13 @@ class Partition:
     self, param_labels: ParamLabels, tree: Any, task_names: tuple[str, ...]
   ):
     self.task_names = task_names
-    labels = param_labels(tree) if callable(param_labels) else param_labels
     self._structure: Any = jax.tree.structure(tree)
-    self.labels = jax.tree.leaves(jax.tree.broadcast(labels, tree))
+    # Labels must not depend on whether a library has wrapped the leaves.
+    tree = variables.unwrapped(tree)
+    labels = param_labels(tree) if callable(param_labels) else param_labels
+    self.labels = jax.tree.leaves(
+      jax.tree.broadcast(variables.unwrapped(labels), tree)
+    )
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     self.paths = list(map(jax.tree_util.keystr, paths))
     known = {SHARED, FROZEN, *task_names}

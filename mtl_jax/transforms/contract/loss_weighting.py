@@ -24,9 +24,10 @@ class LossWeighting(NamedTuple):
   An absent task has weight 0, its part of the state stays as it is, and the
   weights of the others are what they are without it; without any active task
   all of the state stays. A weighting cannot raise inside `jit`: where it takes
-  the logarithm of a loss that is not positive and finite, weights of that
-  update are NaN, so that a wrapper that skips non-finite updates skips and
-  counts it. A loss that is not finite leaves nothing behind in the state.
+  the logarithm of a loss that is negative or not finite, weights of that update
+  are NaN, so that a wrapper that skips non-finite updates skips and counts it.
+  A task whose loss is exactly 0 is solved and counts as absent there. A loss
+  that is not finite leaves nothing behind in the state.
 
   Attributes:
     init: `num_tasks -> state`; its leaves are [T, ...] or scalars.
@@ -174,6 +175,29 @@ def stateless(
 def positive(losses: jax.Array) -> jax.Array:
   """The losses, NaN where they are not positive and finite."""
   return jnp.where((losses > 0) & jnp.isfinite(losses), losses, jnp.nan)
+
+
+def unsolved(
+  losses: jax.Array, active: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Losses that have a logarithm or are wrong, and whose they are.
+
+  A loss of exactly 0 is that of a solved task. It has no logarithm, and any
+  number in its place would set the weights of the other tasks: with the usual
+  1e-8 they would be next to nothing, and training would stop. So a solved task
+  counts as absent in that update; its gradient is zero anyway.
+
+  Args:
+    losses: [T], above their lower bounds.
+    active: bool [T].
+
+  Returns:
+    losses [T], 1 for tasks that are solved or absent; and bool [T], the others.
+  """
+  # A number without a finite reciprocal is no more than 0 either.
+  solved = (losses >= 0) & (losses < jnp.finfo(losses.dtype).tiny)
+  left = active & ~solved
+  return jnp.where(left, losses, 1), left
 
 
 def number(active: jax.Array) -> jax.Array:

@@ -55,9 +55,10 @@ def famo(
 
   The weights stay as they are at the start if `after_step` is never called.
 
-  Scale: weights sum to 1. Losses must lie above `min_losses`, otherwise the
-  weights are NaN. A task whose old or new loss has no logarithm in
-  `after_step` counts as absent there: its logit stays.
+  Scale: weights sum to 1. Losses must not lie below `min_losses`, otherwise
+  the weights are NaN; a task at its bound is solved and counts as absent. A
+  task whose old or new loss has no logarithm in `after_step` counts as absent
+  there: its logit stays.
 
   Args:
     gamma: decay of the logits, not negative; inside the optimizer's gradient.
@@ -112,11 +113,11 @@ def famo(
     )
 
   def update(losses, state, active):
-    z = loss_weighting.softmax(state.logits, active)
-    left = loss_weighting.positive(distance(losses))
-    shares = jnp.where(active, z / jnp.where(active, left, 1), 0)
+    above, left = loss_weighting.unsolved(distance(losses), active)
+    z = loss_weighting.softmax(state.logits, left)
+    shares = jnp.where(left, z / loss_weighting.positive(above), 0)
     total = jnp.sum(shares)
-    weights = shares / jnp.where(jnp.any(active), total, 1)
+    weights = shares / jnp.where(jnp.any(left), total, 1)
     return weights, state._replace(
       losses=jnp.where(active, losses, state.losses), present=active
     )

@@ -13,7 +13,8 @@ def gls() -> loss_weighting.LossWeighting:
     w_i = \frac{1}{T L_i} \Big(\prod_j L_j\Big)^{1/T}
 
   Scale: that of the geometric mean; equal losses have weights 1 / T. Losses
-  must be positive, otherwise the weights are NaN.
+  must not be negative, otherwise the weights are NaN; a task whose loss is
+  exactly 0 is solved and counts as absent.
 
   Returns:
     A `LossWeighting` without state.
@@ -32,11 +33,13 @@ def gls() -> loss_weighting.LossWeighting:
   """
 
   def update(losses, active):
-    size = loss_weighting.number(active)
+    losses, left = loss_weighting.unsolved(losses, active)
+    size = loss_weighting.number(left)
     # An absent task counts as 1, whose logarithm is 0. The mean of logarithms
     # does not overflow where the product would.
     logs = jnp.log(loss_weighting.positive(losses))
-    return jnp.exp(jnp.sum(logs) / size - logs) / size
+    weights = jnp.exp(jnp.sum(logs) / size - logs) / size
+    return jnp.where(left, weights, 0)
 
   return loss_weighting.stateless(update)
 
@@ -47,7 +50,8 @@ def si() -> loss_weighting.LossWeighting:
   .. math:: \min \sum_i \log L_i, \qquad w_i = 1 / L_i
 
   Scale: as the equation says; multiplying a loss by a constant changes nothing.
-  Losses must be positive, otherwise their weights are NaN.
+  Losses must not be negative, otherwise their weights are NaN; a task whose
+  loss is exactly 0 is solved and has the weight 0.
 
   Returns:
     A `LossWeighting` without state.
@@ -65,7 +69,7 @@ def si() -> loss_weighting.LossWeighting:
   """
 
   def update(losses, active):
-    del active
-    return 1 / loss_weighting.positive(losses)
+    losses, left = loss_weighting.unsolved(losses, active)
+    return jnp.where(left, 1 / loss_weighting.positive(losses), 0)
 
   return loss_weighting.stateless(update)

@@ -41,6 +41,15 @@ class ImtlLState(NamedTuple):
   optimizer: Any
 
 
+def _exp(x: jax.Array) -> jax.Array:
+  """The exponential, finite however large x is.
+
+  A task whose loss stays 0 has no equilibrium: x grows in every update. A
+  finite weight times its zero gradient is still zero, and infinity is not.
+  """
+  return jnp.exp(jnp.minimum(x, 0.99 * jnp.log(jnp.finfo(x.dtype).max)))
+
+
 def uncertainty(
   learning_rate: optax.ScalarOrSchedule = 1e-3,
   *,
@@ -120,7 +129,7 @@ def uncertainty(
 
   def update(losses, state, active):
     s = state.log_variances
-    weights = jnp.asarray(factors[0] if one else factors, s.dtype) * jnp.exp(-s)
+    weights = jnp.asarray(factors[0] if one else factors, s.dtype) * _exp(-s)
     pull = 0.5 if regularizer == 'log' else jax.nn.sigmoid(s)
     moved = task_optimizer.step(
       tx, pull - weights * losses, state.optimizer, s, active
@@ -177,7 +186,7 @@ def imtl_l(
 
   def update(losses, state, active):
     s = state.log_scales
-    weights = jnp.exp(s)
+    weights = _exp(s)
     moved = task_optimizer.step(
       tx, weights * losses - 1, state.optimizer, s, active
     )

@@ -55,8 +55,9 @@ def stch(
   `warm_up_steps` updates, during which the method is `si`. At the nadir it
   still is.
 
-  Scale: as the equations say. With `'log_losses'` losses must be positive,
-  otherwise the weights are NaN. A task that was absent in all of the
+  Scale: as the equations say. With `'log_losses'` losses must not be
+  negative, otherwise the weights are NaN; a task whose loss is exactly 0 is
+  solved and counts as absent. A task that was absent in all of the
   `nadir_steps` takes the first loss it shows after.
 
   Args:
@@ -145,10 +146,11 @@ def stch(
     preferred = jnp.asarray(
       1.0 if preference is None else preference, losses.dtype
     )
+    losses, left = loss_weighting.unsolved(losses, active)
     losses = loss_weighting.positive(losses)
     y = preferred * (jnp.log(losses) - jnp.log(highest))
-    number = loss_weighting.number(active)
-    return number * preferred * shares(y, active) / losses
+    number = loss_weighting.number(left)
+    return number * preferred * shares(y, left) / losses
 
   def init(num_tasks):
     for argument, values in per_task:
@@ -167,9 +169,10 @@ def stch(
     total = state.total + jnp.where(counted, losses, 0)
     seen = state.seen + counted
     found = jnp.where(seen > 0, total / jnp.maximum(seen, 1), 1)
+    above, left = loss_weighting.unsolved(losses, active)
     weights = jnp.where(
       warming,
-      1 / loss_weighting.positive(losses),
+      jnp.where(left, 1 / loss_weighting.positive(above), 0),
       of_logarithms(losses, active, found),
     )
     count = jnp.minimum(state.count + 1, warm_up_steps)

@@ -11,6 +11,7 @@ from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import diagnosis
 from mtl_jax.transforms.contract import labels
+from mtl_jax.transforms.contract import variables
 
 
 class PerGroupState(NamedTuple):
@@ -77,6 +78,8 @@ def per_group(
   def split(tree):
     """One tree for each group, with the leaves from other groups masked."""
     leaves, structure = jax.tree.flatten(tree)
+    # Names must not depend on whether a library has wrapped the leaves.
+    tree = variables.unwrapped(tree)
     if isinstance(group_labels, str) and group_labels == 'leaf':
       groups = [
         jax.tree_util.keystr(path, simple=True, separator='/') or 'root'
@@ -84,7 +87,9 @@ def per_group(
       ]
     else:
       found = group_labels(tree) if callable(group_labels) else group_labels
-      groups = jax.tree.leaves(jax.tree.broadcast(found, tree))
+      groups = jax.tree.leaves(
+        jax.tree.broadcast(variables.unwrapped(found), tree)
+      )
     for label in groups:
       if not isinstance(label, str) or not label:
         raise ValueError(

@@ -10,6 +10,7 @@ import optax
 
 from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import diagnosis
+from mtl_jax.transforms.contract import variables
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -127,6 +128,7 @@ def left_out(opt_state: Any) -> jax.Array:
   """
   mine = lambda node: isinstance(node, SkipNonfiniteState)
   found = jnp.zeros((), bool)
+  opt_state = variables.unwrapped(opt_state)
   for node in jax.tree.leaves(opt_state, is_leaf=mine):
     if mine(node):
       found |= node.consecutive > 0

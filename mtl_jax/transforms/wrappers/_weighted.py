@@ -10,6 +10,7 @@ from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import algebra
 from mtl_jax.transforms.contract import lifting
 from mtl_jax.transforms.contract import loss_weighting
+from mtl_jax.transforms.contract import variables
 
 
 class WeightedMemory(NamedTuple):
@@ -174,6 +175,10 @@ def after_step(
   def move(node):
     if not mine(node):
       return node
-    return WeightedMemory(step(new_losses, node.weighting, active=active))
+    old = variables.unwrapped(node.weighting)
+    new = step(new_losses, old, active=active)
+    # In the variables that a library has wrapped the old numbers in.
+    structure = jax.tree.structure(node.weighting)
+    return WeightedMemory(jax.tree.unflatten(structure, jax.tree.leaves(new)))
 
   return jax.tree.map(move, opt_state, is_leaf=mine)
