@@ -18,7 +18,8 @@ def _entries(loss_fn):
     mtl_jax.flat_minima(tx, NAMES),
   )
   at, at_each = mtl_jax.task_grad(loss_fn, NAMES)
-  gram = mtl_jax.gram_update(loss_fn, tx, NAMES, rho=0.1)
+  losses = mtl_jax.task_losses(lambda p, batch: loss_fn(p), NAMES)
+  gram = mtl_jax.gram_update(tx, NAMES)
   stack = lambda p: jax.tree.map(lambda x: jnp.stack([x, x]), p)
   return {
     'init': tx.init,
@@ -32,7 +33,7 @@ def _entries(loss_fn):
     ),
     'at': at,
     'at_each': lambda p: at_each(stack(p)),
-    'gram_update': lambda p: gram.update(p, gram.init(p)),
+    'gram_update': lambda p: gram.update(losses.on({}), p, gram.init(p)),
     'moml': lambda p: mtl_jax.moml().init(2, p),
   }
 

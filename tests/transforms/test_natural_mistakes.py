@@ -24,7 +24,7 @@ WRAPPERS = {
   'combiner': lambda x: mtl_jax.flat_minima(
     mtl_jax.linear(), NAMES, combine='second', combiner=x
   ),
-  'gram_update': lambda x: mtl_jax.gram_update(None, x, NAMES),
+  'gram_update': lambda x: mtl_jax.gram_update(x, NAMES),
 }
 wrappers = pytest.mark.parametrize('wrap', WRAPPERS.values(), ids=WRAPPERS)
 
