@@ -35,8 +35,10 @@ def with_loss_fn(factory: Callable[..., Any]) -> Callable[..., Any]:
 
   @functools.wraps(factory)
   def call(*args, **options):
-    # A transformation is a tuple; only a loss function can be called.
-    if not (args and callable(args[0])):
+    # A transformation is a tuple; only a loss function can be called, and a
+    # method that was not, before the names of the tasks.
+    names_follow = len(args) == 2 and 'task_names' not in options
+    if not args or not callable(args[0]) or names_follow:
       return factory(*args, **options)
     warnings.warn(
       f'{factory.__name__}(loss_fn, ...) is deprecated; call '
