@@ -13,6 +13,7 @@ import mtl_jax
 from mtl_jax import losses
 from mtl_jax import models
 from mtl_jax import types
+from mtl_jax.train import objective as objectives
 from mtl_jax.train import step as steps
 
 # Compiled for a single use.
@@ -80,14 +81,17 @@ def test_products_of_the_model_are_bfloat16_and_what_comes_out_is_float32():
 
 def test_the_rest_of_a_step_is_float32():
   model, *_, batch = _setup()
-  tx = optax.chain(
-    mtl_jax.flat_minima(mtl_jax.nash_mtl(num_tasks=2), _NAMES, 0.1),
-    optax.adam(1e-3),
+  joint = mtl_jax.stack_update(
+    mtl_jax.flat_minima(mtl_jax.nash_mtl(num_tasks=2), _NAMES, 0.1)
   )
+  tx = optax.adam(1e-3)
   half = models.in_dtype(model, 'bfloat16')
-  step = steps.make_train_step(_PROBLEM, half, tx)
+  task_losses = mtl_jax.task_losses(
+    objectives.objective(_PROBLEM, half), _NAMES
+  )
+  step = steps.make_train_step(_PROBLEM, task_losses, joint, tx)
   state = jax.eval_shape(
-    lambda: steps.init_state(_PROBLEM, half, tx, seed=0, batch=batch)
+    lambda: steps.init_state(_PROBLEM, half, joint, tx, seed=0, batch=batch)
   )
   jaxpr, (after, metrics) = jax.make_jaxpr(step, return_shape=True)(
     state, batch
@@ -115,7 +119,7 @@ def test_gradients_and_statistics_are_close_to_those_of_float32():
   def evaluate(model):
     def loss_fn(params, batch):
       predictions, after = model.apply(params, state, batch, train=True)
-      return steps.task_losses(_PROBLEM, predictions, batch), after
+      return objectives.task_losses(_PROBLEM, predictions, batch), after
 
     at, _ = mtl_jax.task_grad(loss_fn, _NAMES, has_aux=True)
     return _jit(at)(params, batch)

@@ -13,13 +13,13 @@ import methods
 import numpy as np
 import optax
 import pytest
-import quick_compile
 import weighting_references
 import weighting_rows
 
 import mtl_jax
 from mtl_jax import problems
 from mtl_jax import types
+from mtl_jax.train import objective as objectives
 from mtl_jax.train import step as steps
 
 WIDTH, ROWS, RATE, RHO = 6, 48, 0.5, 0.1
@@ -134,20 +134,28 @@ def in_numpy(method, flat):
   return shared, heads
 
 
+def trained(joint):
+  """Shared parameters and heads after some steps of a joint update and SGD."""
+  tx = optax.sgd(RATE)
+  losses = mtl_jax.task_losses(
+    objectives.objective(problem(), model()), names()
+  )
+  state = steps.init_state(problem(), model(), joint, tx, seed=0, batch=batch())
+  step = jax.jit(steps.make_train_step(problem(), losses, joint, tx))
+  with jax.default_matmul_precision('highest'):
+    for _ in range(STEPS):
+      state, _ = step(state, batch())
+  heads = np.stack([state.params['heads'][task] for task in names()])
+  return np.asarray(state.params['shared']), heads
+
+
 def in_jax(method, flat):
   aggregator = method.make_alone(range(2), num_tasks=2)
   if flat:
     tx = mtl_jax.flat_minima(aggregator, names(), rho=RHO)
   else:
     tx = mtl_jax.shared_only(aggregator, names(), head_scale='none')
-  tx = optax.chain(tx, optax.sgd(RATE))
-  state = steps.init_state(problem(), model(), tx, seed=0, batch=batch())
-  step = quick_compile.jit(steps.make_train_step(problem(), model(), tx))
-  with jax.default_matmul_precision('highest'):
-    for _ in range(STEPS):
-      state, _ = step(state, batch())
-  heads = np.stack([state.params['heads'][task] for task in names()])
-  return np.asarray(state.params['shared']), heads
+  return trained(mtl_jax.stack_update(tx))
 
 
 def assert_same_way(found, right, flat):
@@ -217,28 +225,12 @@ def weighted_in_numpy(row, flat):
 
 
 def weighted_in_jax(row, flat):
-  inside = row.make(range(2))
-  weighting, tx, after_step = inside, optax.sgd(RATE), None
-  if flat:
-    aggregator = mtl_jax.weighted(inside, num_tasks=2)
-    tx = optax.chain(mtl_jax.flat_minima(aggregator, names(), rho=RHO), tx)
-    after_step = lambda losses, opt_state, active: mtl_jax.after_step(
-      inside, losses, opt_state, active
-    )
-    weighting = None
-  state = steps.init_state(
-    problem(), model(), tx, seed=0, batch=batch(), weighting=weighting
-  )
-  step = quick_compile.jit(
-    steps.make_train_step(
-      problem(), model(), tx, weighting=weighting, after_step=after_step
-    )
-  )
-  with jax.default_matmul_precision('highest'):
-    for _ in range(STEPS):
-      state, _ = step(state, batch())
-  heads = np.stack([state.params['heads'][task] for task in names()])
-  return np.asarray(state.params['shared']), heads
+  weighting = row.make(range(2))
+  if not flat:
+    return trained(mtl_jax.weighted_update(weighting, names()))
+  aggregator = mtl_jax.weighted(weighting, num_tasks=2)
+  tx = mtl_jax.flat_minima(aggregator, names(), rho=RHO)
+  return trained(mtl_jax.stack_update(tx))
 
 
 # Without a state, learned, with a key, with a count, and with a look at the
