@@ -1,4 +1,4 @@
-"""The contract of an aggregator, and what lifts a rule to it."""
+"""The contract of an aggregator, and the lifting of a rule to it."""
 
 from mtl_jax.transforms.contract.aggregation import Aggregator
 from mtl_jax.transforms.contract.bilevel_weighting import BilevelWeighting

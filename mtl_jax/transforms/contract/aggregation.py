@@ -1,8 +1,8 @@
 """The contract of an aggregator, and the devices it works over.
 
 An aggregator is an optax transformation whose input leaves carry a leading task
-axis and whose output leaves do not. This module holds what all of them share:
-how replicas and shards are reduced, and which shapes are right.
+axis and whose output leaves do not. This module holds their common parts: the
+reduction over replicas and shards, and the checks of shapes.
 """
 
 from collections.abc import Callable
@@ -28,11 +28,11 @@ _HEADS = (
 
 
 class Axes(NamedTuple):
-  """The mapped axes a transformation is called under, if any.
+  """The mapped axes under which a transformation is called, if any.
 
   Attributes:
     axis_name: axis of replicas inside `pmap` or `shard_map`. Task gradients and
-      losses are averaged over it before anything else is computed from them.
+      losses are averaged over it first.
     reduce: `'mean'` or `'sum'`, how replicas are brought together.
     shard_axis: axis over which every parameter is sharded. Only inner products
       are summed over it; the gradients stay where they are.
@@ -52,7 +52,7 @@ class Axes(NamedTuple):
     return self
 
   def average(self, tree: Any) -> Any:
-    """Brings the replicas' gradients together.
+    """Averages or sums gradients over the replicas.
 
     Args:
       tree: gradients of this replica, any shapes.
@@ -82,14 +82,14 @@ class Axes(NamedTuple):
     return jax.tree.map(lambda x: reduce(x, self.axis_name), tree)
 
   def average_losses(self, losses: jax.Array | None) -> jax.Array | None:
-    """Like `average`; losses that are global already are left alone."""
+    """Like `average`; losses that are already global stay unchanged."""
     if losses is None or self.axis_name is None or self._replicated(losses):
       return losses
     reduce = jax.lax.pmean if self.reduce == 'mean' else jax.lax.psum
     return reduce(losses, self.axis_name)
 
   def replicate(self, tree: Any) -> Any:
-    """Marks parameters as the replica's own, so that gradients stay local."""
+    """Marks parameters as varying by replica, so that gradients stay local."""
     if self.axis_name is None:
       return tree
 
@@ -100,12 +100,12 @@ class Axes(NamedTuple):
     return jax.tree.map(mark, tree)
 
   def sum_shards(self, x: jax.Array) -> jax.Array:
-    """Sums inner products of shards into those of whole parameters."""
+    """Sums inner products over the shards of the parameters."""
     return x if self.shard_axis is None else jax.lax.psum(x, self.shard_axis)
 
   def _replicated(self, x: Any) -> frozenset[Hashable]:
     """The axes of `axis_name` over which `x` is known to be the same."""
-    # An axis index varies over its axes by definition, so its type tells which
+    # An axis index varies over its axes by definition, so its type shows which
     # of them are tracked here at all (none under pmap and
     # shard_map(check_vma=False)).
     index = jax.lax.axis_index(self.axis_name)
@@ -113,7 +113,7 @@ class Axes(NamedTuple):
 
 
 def _varying(x: Any) -> frozenset[Hashable]:
-  """The mapped axes over which the type of a value says that it varies."""
+  """The mapped axes over which a value varies, according to its type."""
   return jax.typeof(x).manual_axis_type.varying
 
 
@@ -127,22 +127,23 @@ class Aggregator(aggregating.Aggregator):
     aggregate: `update` without the reduction over replicas, for a wrapper that
       has done it.
     axes: the mapped axes it was made for.
-    head_scale: how `shared_only` treats heads unless told otherwise.
+    head_scale: how `shared_only` treats heads by default.
     extra_batches: how many stacks of task gradients from further, independent
       batches `update` needs as `extra_grads`.
-    weights: what `task_weights` in its state are the update's coefficients of:
-      the task `'gradients'`, gradients it `'tracked'`, or `'none'` without any.
+    weights: the vectors whose coefficients in the update are the state's
+      `task_weights`: the task `'gradients'`, gradients it has `'tracked'`, or
+      `'none'` for a method without weights.
     for_tasks: `num_tasks -> Aggregator`; the same aggregator as if made with
       `num_tasks`, for a wrapper that knows the tasks.
     outermost: whether `update` evaluates gradients itself, so that no wrapper
-      may show it a part of the parameters.
+      may pass it a part of the parameters.
     weigh: `(gram [T, T], state, *, losses=None, active=None, **extra_args) ->
-      state`, whose `task_weights` are those that `aggregate` would have given
-      rows with these inner products. None for a method that needs more than
-      inner products. For aggregators made with `num_tasks`.
+      state`, with the `task_weights` that `aggregate` would give to rows with
+      these inner products. None for a method that needs more than inner
+      products. For aggregators made with `num_tasks`.
     after_step: `(new_losses [T], state, *, active=None) -> state`, with the
-      losses of the same batch after the parameters have moved. None for a
-      method that does not look at them.
+      losses for the same batch after the parameters have moved. None for a
+      method that does not use them.
   """
 
   aggregate: Callable[..., tuple[Any, Any]]
@@ -198,7 +199,7 @@ class Aggregator(aggregating.Aggregator):
 def as_aggregator(
   tx: aggregating.Aggregator, name: str = 'aggregator'
 ) -> Aggregator:
-  """An aggregator of optax's contract as one of ours.
+  """An optax aggregator as an `Aggregator`.
 
   Args:
     tx: an `Aggregator`, or any `optax.experimental.aggregating.Aggregator`.
@@ -216,14 +217,14 @@ def as_aggregator(
     return tx
   if not isinstance(tx, aggregating.Aggregator):
     raise TypeError(f'{name} must be an aggregator: {_instead(tx)}')
-  # optax's own aggregators are of the type that takes extra arguments, and take
-  # none: only the signature says.
+  # optax's own aggregators have the type that takes extra arguments but take
+  # none, so only the signature shows it.
   parameters = inspect.signature(tx.update).parameters
   swallows = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
   def aggregate(task_grads, state, params=None, *, active=None, **extra_args):
     if active is not None:
-      # It need not know what `active` means.
+      # `tx` need not know about `active`.
       task_grads = jax.tree.map(
         lambda leaf: jnp.where(
           jnp.reshape(active, (-1,) + (1,) * (leaf.ndim - 1)), leaf, 0
@@ -242,7 +243,7 @@ def as_aggregator(
 
 
 def _instead(value: Any) -> str:
-  """What to pass in place of `value`, which is no aggregator."""
+  """The end of an error: what to pass instead of `value`."""
   if hasattr(value, 'instead_of_aggregator'):
     return value.instead_of_aggregator()
   if isinstance(value, optax.GradientTransformation):
@@ -262,7 +263,7 @@ def _instead(value: Any) -> str:
 def as_inner(
   wrapper: str, tx: aggregating.Aggregator, name: str = 'aggregator'
 ) -> Aggregator:
-  """`as_aggregator` of what a wrapper wraps.
+  """`as_aggregator` for the argument of a wrapper.
 
   Args:
     wrapper: the wrapper's name, for errors.
@@ -368,7 +369,7 @@ def check_leaf(what: str, leaf: Any, where: str) -> None:
   dtype = getattr(leaf, 'dtype', None)
   dtype = jnp.result_type(leaf) if dtype is None else dtype
   if jnp.issubdtype(dtype, jnp.complexfloating):
-    # Inner products, norms and signs of the methods are those of real vectors.
+    # The methods' inner products, norms and signs are for real vectors.
     raise ValueError(
       f'the {what} at {where} is {dtype}; complex parameters are not '
       'supported: make the real and the imaginary part a parameter each, or '
@@ -382,7 +383,7 @@ def check_leaf(what: str, leaf: Any, where: str) -> None:
 
 
 def check_parameters(params: Any) -> None:
-  """`check_leaf` of all leaves of a tree of parameters."""
+  """`check_leaf` for all leaves in a tree of parameters."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     check_leaf('parameter', leaf, jax.tree_util.keystr(path) or 'the root')
 
@@ -421,7 +422,7 @@ def check_losses(losses: Any, num_tasks: int) -> jax.Array | None:
 
 
 def as_vector(argument: str, values: Any) -> jax.Array:
-  """One number a task as an array; raises for anything that has names."""
+  """One number a task as an array; raises for anything with names."""
   if not isinstance(values, list | tuple) and not jax.tree_util.all_leaves(
     [values]
   ):
@@ -445,7 +446,7 @@ def in_order(argument: str, values: Any, task_names: Sequence[str]) -> Any:
     [T], or `values`.
 
   Raises:
-    ValueError: for a dictionary of other tasks.
+    ValueError: for a dictionary with other tasks.
   """
   if not isinstance(values, Mapping):
     return values

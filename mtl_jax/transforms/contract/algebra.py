@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from mtl_jax.transforms.contract import aggregation
 from mtl_jax.transforms.contract import meshes
 
-# Numbers of a row that are multiplied at once; partial sums that a row is added
-# up in, for so few products of rows; rows that are added at once.
+# How many numbers of a row are multiplied at once; into how many partial sums a
+# row is added up, for so few products of rows; how many rows are added at once.
 _PIECE = 2**12
 _PARTIAL_SUMS = 2**14
 _FEW_PRODUCTS = 9
@@ -17,13 +17,13 @@ _ROWS_A_PASS = 8
 
 
 def on_cpu() -> bool:
-  """Whether stacks are worked on as XLA's CPU backend keeps them in place.
+  """Whether to use the forms that XLA's CPU backend computes in place.
 
-  It makes a copy of the whole stack for a product with several axes to
-  contract, for what is multiplied or masked before a reduction, and for what is
-  written over a loop's result. The forms used instead take rows one by one or
-  reshape, which on other backends would be slower or, where the stack is
-  sharded, gather it; there XLA fuses the plain ones.
+  That backend copies the whole stack for a product that contracts several axes,
+  for a multiplication or a mask before a reduction, and for a write over a
+  loop's result. The forms used instead take rows one by one or reshape. On
+  other backends these would be slower or would gather a sharded stack, and XLA
+  fuses the plain forms there.
   """
   return jax.default_backend() == 'cpu'
 
@@ -42,14 +42,14 @@ def cross(
   """Inner products of two stacks of gradients.
 
   Args:
-    first: tree of leaves [M, *shape]; zeros are the result of no leaf.
+    first: tree of leaves [M, *shape]; the result without any leaf is zero.
     second: tree of leaves [N, *shape].
     shape: (M, N).
     axes: where parameters are sharded, if they are.
 
   Returns:
-    [M, N], entry (i, j) of row i of `first` with row j of `second`; float32 at
-    least.
+    [M, N], whose entry (i, j) is for row i in `first` and row j in `second`;
+    float32 at least.
   """
 
   def products(first, second):
@@ -87,8 +87,8 @@ def _product_by_pieces(a: jax.Array, b: jax.Array) -> jax.Array:
   """`_product` of matrices whose rows may be long.
 
   In some programs XLA's CPU backend adds up a row one number after the other:
-  squared norms of 4 million numbers came out 0.6 % too small in float32. Within
-  a piece, and over the pieces of a row, that loses next to nothing.
+  squared norms of 4 million numbers came out 0.6 % too small in float32. Sums
+  within a piece, and then over the pieces, lose next to nothing.
   """
   if a.shape[0] * b.shape[0] <= _FEW_PRODUCTS:
     return _product_by_columns(a, b)
@@ -106,7 +106,7 @@ def _product_by_pieces(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _product_by_columns(a: jax.Array, b: jax.Array) -> jax.Array:
-  """`_product` of few rows, in one pass over memory with many sums at once."""
+  """`_product` for few rows, in one pass over memory with many sums at once."""
   pieces = a.shape[1] // _PARTIAL_SUMS
   if pieces < 2:
     return _product(a, b)
@@ -163,13 +163,12 @@ def _sum_of_rows(
     return weights[k] * one.astype(dtype)
 
   def add(i, total):
-    # Of one expression for all rows XLA makes a second stack when they are
-    # many.
+    # From one expression for many rows XLA makes a second stack.
     for k in range(_ROWS_A_PASS):
       total = total + weighed(first + i * _ROWS_A_PASS + k)
     return total
 
-  # Those that leave whole passes; one at least, to start from.
+  # As many rows as leave whole passes, and at least one to start from.
   first = (size - 1) % _ROWS_A_PASS + 1
   total = sum(map(weighed, range(first)))
   return jax.lax.fori_loop(0, (size - first) // _ROWS_A_PASS, add, total)
@@ -187,9 +186,9 @@ def weighted_sum(
   Args:
     weights: [T].
     task_grads: tree of leaves [T, *shape].
-    active: bool [T], the rows to add up, whatever the others hold; all by
-      default.
-    keep_wide: whether to leave the sum in the dtype it is summed in.
+    active: bool [T], the rows to add up; all by default. The others may hold
+      anything.
+    keep_wide: whether to keep the sum in the dtype of the summation.
 
   Returns:
     Tree of leaves [*shape], summed in float32 at least, in the leaves' dtype.
@@ -215,10 +214,10 @@ def weighted_sum(
 
 
 def keep_active(active: jax.Array | None, task_grads: Any) -> Any:
-  """Zeros in the rows of absent tasks, whatever stood there."""
+  """The stack with zeros in the rows of absent tasks."""
   if active is None:
     return task_grads
-  # A product with 0 would let NaN of an absent task through.
+  # A product with 0 would let an absent task's NaN through.
   return jax.tree.map(
     lambda leaf: jnp.where(row(active, leaf), leaf, 0), task_grads
   )

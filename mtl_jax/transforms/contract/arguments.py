@@ -1,8 +1,8 @@
-"""Checks of the arguments of factories; each error names argument and value.
+"""Checks of factory arguments; each error names argument and value.
 
-The value of a `jax.Array` is not checked: it may be traced, by
-`optax.inject_hyperparams` or `jax.vmap`, and is then unknown. What sets shapes
-or counts steps has to be known.
+The value of a `jax.Array` is not checked: `optax.inject_hyperparams` or
+`jax.vmap` may trace it, and its value is then unknown. Arguments that set
+shapes or count steps must be known.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def check_num_tasks(num_tasks: int | None) -> None:
 
 
 def is_raw_key(value: Any) -> bool:
-  """Whether it is a key as `jax.random.PRNGKey` makes it: a plain array."""
+  """Whether it is a raw key from `jax.random.PRNGKey`, a plain array."""
   if not isinstance(value, jax.Array | np.ndarray) or value.dtype != np.uint32:
     return False
   # Its shape depends on the implementation that is set in jax.config.
@@ -106,7 +106,7 @@ def check_seed(seed: int | jax.Array) -> None:
 def as_numbers(
   argument: str, values: float | Sequence[float]
 ) -> float | tuple[float, ...]:
-  """A finite number for all tasks, or a tuple of one each."""
+  """A finite number for all tasks, or a tuple with one for each."""
   items = _items(argument, values, 'a number or [tasks]')
   if not isinstance(items, tuple):
     items = float(items) if is_known(items) else items
@@ -167,8 +167,8 @@ def check_length(argument: str, values: Any, num_tasks: int | None) -> None:
 
   Args:
     argument: its name.
-    values: a tuple of one a task; anything else is for all.
-    num_tasks: T; None if unknown, which nothing is compared with.
+    values: a tuple with one value a task; anything else is for all.
+    num_tasks: T; None if unknown, which skips the check.
   """
   if isinstance(values, tuple) and num_tasks not in (None, len(values)):
     raise ValueError(

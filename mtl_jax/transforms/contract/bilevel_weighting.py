@@ -11,23 +11,23 @@ class BilevelWeighting(NamedTuple):
   """Weights of the losses, learnt on a validation batch.
 
   `loss_fn(params, batch) -> losses [T]` is the model's. Its *gradient* must be
-  finite for absent tasks, as that of a masked mean is; their losses may be
-  anything. The weights are meant for one ordinary update with the gradient of
-  the weighted loss, heads included. Under `jit` with shardings everything is
-  global; there is no `axis_name` for replicas of `pmap` and `shard_map`.
+  finite for absent tasks, as a masked mean's is; their losses may be anything.
+  The weights are for one ordinary update with the gradient of the weighted
+  loss, heads included. Under `jit` with shardings everything is global; there
+  is no `axis_name` for replicas of `pmap` and `shard_map`.
 
   Attributes:
     init: `(num_tasks, params) -> state`.
     update: `(loss_fn, params, train_batch, valid_batch, state, *,
       learning_rate, active=None) -> (weights [T], state)`. The learning rate is
-      that of the look-ahead, a number or an array; `active`, bool [T], tells
-      which tasks are in both batches. Absent tasks have weight 0 and keep
-      their part of the state. What is not finite leaves nothing behind in what
-      is learnt. The optimizer of what is learnt is one for each task.
+      the look-ahead's, a number or an array. `active`, bool [T], marks the
+      tasks that are in both batches. Absent tasks have weight 0 and keep their
+      part of the state. Non-finite values leave no trace in the learnt numbers.
+      Each task has a separate optimizer for them.
 
   Examples:
     A step of training. The halves of the batch take turns as training and
-    validation batch of the look-ahead, and all of it makes the update:
+    validation batch for the look-ahead, and the whole batch makes the update:
 
     >>> import jax, jax.numpy as jnp, mtl_jax, optax
     >>> weighting, tx = mtl_jax.auto_lambda(primary=(0,)), optax.sgd(0.1)
@@ -62,7 +62,7 @@ class BilevelWeighting(NamedTuple):
   update: Callable[..., tuple[jax.Array, Any]]
 
   def instead_of_aggregator(self) -> str:
-    """What an error says where an aggregator is expected."""
+    """The text of an error where an aggregator is expected."""
     return (
       'got a weighting that learns from validation losses; it evaluates the '
       'losses itself, so call its update and differentiate the weighted loss'

@@ -1,4 +1,4 @@
-"""What an optimizer's state has to show of its aggregators."""
+"""Diagnostics of the aggregators in an optimizer's state."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ def _shows(node: Any) -> bool:
 
 
 def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
-  """Finds the aggregators in an optimizer state and what they show.
+  """Finds the aggregators in an optimizer state and reads their diagnostics.
 
   Args:
     opt_state: state of any optax transformation, such as a chain; also as
       `flax.nnx.Optimizer` holds it.
 
   Returns:
-    A flat dictionary of what the last update left behind. From an aggregator
+    A flat dictionary of diagnostics from the last update. From an aggregator
     made with `num_tasks`:
 
     * `'task_weights'` [T]: coefficients of the update in the task gradients;
@@ -32,11 +32,11 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     From a bilevel weighting's state `'task_weights'`, `'residual'` and what it
     learns from: `'hypergradient'` (`auto_lambda`), `'objective_weights'`
     (`moml`), `'valid_weights'` and `'train_weights'` (`forum`). From
-    `skip_nonfinite` `'skipped'`, the number of updates left out.
+    `skip_nonfinite` `'skipped'`, the number of skipped updates.
 
-    `flat_minima` shows these twice, as `'loss/...'` and `'flat/...'`. Empty if
-    nothing is there. Where several aggregators stand in one state, their names
-    are preceded by the path in the state.
+    `flat_minima` shows these twice, as `'loss/...'` and `'flat/...'`. The
+    dictionary is empty if there are none. If a state holds several aggregators,
+    each name is preceded by the path in the state.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax, optax

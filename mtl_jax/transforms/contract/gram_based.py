@@ -1,4 +1,4 @@
-"""Aggregators that are a map from the Gram matrix to weights."""
+"""Aggregators defined by a map from the Gram matrix to weights."""
 
 from collections.abc import Callable
 from collections.abc import Hashable
@@ -14,13 +14,13 @@ from mtl_jax.transforms.contract import lifting
 
 
 class Solution(NamedTuple):
-  """Weights and what comes with them.
+  """Weights with their residual and memory.
 
   Attributes:
     weights: [T].
     residual: scalar, how far the weights are from the solver's optimality
       conditions, relative to the size of their terms; None in closed form.
-    memory: what is remembered for the next update; None without memory.
+    memory: the memory for the next update; None without memory.
   """
 
   weights: jax.Array
@@ -47,32 +47,32 @@ def from_gram(
 
   .. math:: \sum_i w_i(G)\, g_i
 
-  which most gradient-manipulation methods are. Rows and columns of absent tasks
-  are zero in the Gram matrix that `weights_fn` sees, and whatever weight it
-  gives to such a task is dropped.
+  Most gradient-manipulation methods have this form. The rows and columns of
+  absent tasks are zero in the Gram matrix that `weights_fn` gets, and the
+  weights it returns for them are dropped.
 
   Args:
     weights_fn: `(gram [T, T], *, losses [T] or None, active bool [T]) ->
       weights [T]`, or a `Solution`. With `seed` it is also given `key`, a fresh
       one at every update; with `memory` it is given `memory` and returns it in
       its `Solution`; with `extra_batches` it is given `cross`, a function
-      `cross(a, b) -> [T, T]` of the inner products of stack a with stack b,
-      where 0 stands for the task gradients and 1, 2, ... for `extra_grads`.
-      Must be jittable; its result on the active tasks should be what it is
-      without the others, and the memory of absent tasks should stay.
-    memory: `(num_tasks, dtype) -> tree`: what is remembered at the start. The
+      `cross(a, b) -> [T, T]` with the inner products of stack a and stack b,
+      where 0 means the task gradients and 1, 2, ... mean `extra_grads`. Must be
+      jittable. Its result for the active tasks should not depend on the others,
+      and the memory of absent tasks should stay.
+    memory: `(num_tasks, dtype) -> tree`: the memory at the start. The
       aggregator then needs `num_tasks`.
     extra_batches: how many further stacks of task gradients, from independent
       batches, `update` needs as `extra_grads`.
-    num_tasks: T. With it the weights and the Gram matrix stand in the state
-      from `init` on; without it those fields are None for ever.
+    num_tasks: T. With it the state holds the weights and the Gram matrix from
+      `init` on; without it those fields are always None.
     seed: for a random method: an int, a typed key (`jax.random.key`) or a raw
       one (`jax.random.PRNGKey`). With a raw one the key in the state is a plain
       array, as `flax.serialization` and NumPy need it; the draws are the same.
     axis_name: axis of replicas inside `pmap` or `shard_map`; task gradients and
       losses are averaged over it first.
-    reduce: `'mean'` or `'sum'` over `axis_name`. Losses that are global already
-      must not be summed again: pass each replica's own.
+    reduce: `'mean'` or `'sum'` over `axis_name`. Losses that are already global
+      must not be summed again: pass each replica's local losses.
     shard_axis: axis over which the parameters are sharded; inner products are
       summed over it.
     head_scale: default of `shared_only` for this aggregator.
@@ -122,7 +122,7 @@ def from_gram(
         f'weights_fn must return weights [{size}], got shape '
         f'{found.weights.shape}'
       )
-    # The Gram matrix of no task says nothing; the update is then zero.
+    # Without any task the Gram matrix has no meaning; the update is then zero.
     weights = jnp.where(given.active, found.weights, 0).astype(given.gram.dtype)
     inner = given.gram @ weights
     return lifting.Combined(

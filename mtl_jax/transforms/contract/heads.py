@@ -1,4 +1,4 @@
-"""How the gradients of heads are scaled."""
+"""Scaling of the heads' gradients."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ HEAD_SCALES = ('none', 'weights')
 
 
 def head_weights(state: Any) -> jax.Array:
-  """The task weights [T] an aggregator's state shows, to scale heads by."""
+  """The task weights [T] in an aggregator's state, to scale heads by."""
   weights = getattr(state, 'task_weights', None)
   if weights is None:
     raise ValueError(

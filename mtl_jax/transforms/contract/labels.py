@@ -1,4 +1,4 @@
-"""Which parameters are shared, which belong to a task and which are frozen."""
+"""Labels of parameters as shared, as a task's or as frozen."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ ParamLabels = Any | Callable[[Any], Any]
 
 
 def default_labels(params: Any) -> Any:
-  """Labels of `{'shared': tree, 'heads': {task: tree}}`.
+  """Labels for `{'shared': tree, 'heads': {task: tree}}`.
 
   Args:
     params: a tree of parameters (or of their gradients): a dictionary, a named
@@ -48,7 +48,7 @@ def default_labels(params: Any) -> Any:
 
 
 def _entries(tree: Any) -> set[Any]:
-  """The names of what a container holds, empty subtrees included."""
+  """The names of a container's entries, empty subtrees included."""
   if isinstance(tree, Mapping):
     return set(tree)
   if dataclasses.is_dataclass(tree):
@@ -57,7 +57,7 @@ def _entries(tree: Any) -> set[Any]:
 
 
 def _name(key: Any) -> str:
-  """A part of a path, as dictionaries, attributes and sequences name it."""
+  """The name of one part of a path, for any kind of container."""
   return str(
     getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))
   )
@@ -98,12 +98,12 @@ def check_task_names(task_names: Sequence[str]) -> tuple[str, ...]:
 
 
 class Partition:
-  """The leaves of one tree by the part they belong to.
+  """The leaves of a tree, by the part to which they belong.
 
-  Made once a call from the structure of the parameters. Trees handled by it are
-  parameters, task gradients or task parameters: all of one structure, told
-  apart by the shapes of their leaves alone. Leaves that are not frozen are real
-  floating-point numbers.
+  It is made once a call from the structure of the parameters. It handles
+  parameters, task gradients and task parameters. These all have one structure
+  and differ only in the shapes of their leaves. Leaves that are not frozen are
+  real floating-point numbers.
 
   Attributes:
     task_names: the tasks, in the order of every task axis.
@@ -158,7 +158,7 @@ class Partition:
   def split(
     self, tree: Any
   ) -> tuple[list[Any], dict[str, list[Any]], list[Any]]:
-    """A tree of this structure as its parts.
+    """Splits a tree of this structure into its parts.
 
     Args:
       tree: parameters, task gradients or task parameters.

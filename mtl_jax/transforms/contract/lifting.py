@@ -1,9 +1,9 @@
-"""From a rule that combines task gradients to an aggregator.
+"""Lifting of a rule that combines task gradients to an aggregator.
 
-All that methods have in common is here once: shapes, absent tasks, randomness,
-memory, what stands in the state, and what is shown of it. `from_gram` lifts a
-map from the Gram matrix to weights; a method that works on the coordinates of
-the gradients, or on gradients it keeps, is lifted from here directly.
+This module holds what all methods share: shapes, absent tasks, randomness,
+memory, the state and its diagnostics. `from_gram` lifts a map from the Gram
+matrix to weights. A method that works on the coordinates of the gradients, or
+on stored gradients, is lifted from here directly.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,15 @@ class AggregatorState(NamedTuple):
   Attributes:
     task_weights: [T], weights of the last update; its coefficients in terms of
       the task gradients (of the tracked gradients, where a method tracks them).
-      Zero for absent tasks. None for a method that has no weights.
+      Zero for absent tasks. None for a method without weights.
     gram: [T, T], Gram matrix of the last task gradients.
     mean_cosine: scalar, cosine of the last update with the mean of the active
       task gradients.
     residual: scalar, the solver's relative residual; None for a method in
       closed form.
     key: the key the next update draws from; None for a deterministic method.
-    memory: what a method remembers from update to update; None for a method
-      without memory.
+    memory: the method's memory between updates; None for a method without
+      memory.
   """
 
   task_weights: jax.Array | None
@@ -46,7 +46,7 @@ class AggregatorState(NamedTuple):
   memory: Any
 
   def diagnostics(self) -> dict[str, jax.Array]:
-    """What there is to see; see `mtl_jax.diagnostics`."""
+    """The diagnostics; see `mtl_jax.diagnostics`."""
     if self.gram is None or self.mean_cosine is None:
       return {}
     norms = jnp.sqrt(jnp.diagonal(self.gram))
@@ -67,7 +67,7 @@ class AggregatorState(NamedTuple):
 
 
 class Given(NamedTuple):
-  """What a rule is given at an update.
+  """The input of a rule at an update.
 
   Attributes:
     task_grads: tree of leaves [T, *shape]; zeros in the rows of absent tasks.
@@ -75,11 +75,11 @@ class Given(NamedTuple):
     losses: [T], at least float32, 1 for absent tasks; None if not passed.
     active: bool [T].
     key: a fresh key; None without a seed.
-    memory: what the rule remembered last; None without memory.
+    memory: the rule's memory after the last update; None without memory.
     extra_grads: further stacks like `task_grads`, from independent batches.
     axes: the mapped axes, for sums over the shards of parameters.
-    unmasked: `task_grads` with whatever stands in the rows of absent tasks, for
-      a rule that masks row by row and so needs no second stack.
+    unmasked: `task_grads` before the rows of absent tasks are masked, for a
+      rule that masks row by row and so needs no second stack.
   """
 
   task_grads: Any
@@ -94,13 +94,13 @@ class Given(NamedTuple):
 
 
 class Combined(NamedTuple):
-  """What a rule makes of it.
+  """The result of a rule.
 
   Attributes:
     updates: tree of leaves [*shape].
     weights: [T], zero for absent tasks; None for a method without weights.
     residual: scalar of an iterative solver.
-    memory: of the structure, shapes and dtypes of `Given.memory`.
+    memory: with the structure, shapes and dtypes of `Given.memory`.
     update_inner: [T], inner products of the update with the task gradients, and
       its squared norm: `(inner [T], square)`. None to have them computed.
   """
@@ -142,7 +142,7 @@ def _is_typed(key: Any) -> bool:
 
 
 def _draw(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
-  """The key of the state that follows, and a typed key to draw from now."""
+  """The key for the next state, and a typed key to draw from now."""
   if key is None:
     return None, None
   key, draw = jax.random.split(key)
@@ -151,7 +151,7 @@ def _draw(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
 
 
 def check_extra_grads(extra_grads: Any, number: int) -> tuple[Any, ...]:
-  """The further stacks a method needs; raises unless they are as many."""
+  """The further stacks a method needs; raises for another number."""
   if not number:
     return ()
   stacks = () if extra_grads is None else tuple(extra_grads)
@@ -174,12 +174,12 @@ def _mean_cosine(
   else:
     inner, square = combined.update_inner
   mean = active / jnp.maximum(jnp.sum(active), 1)
-  # Two roots and not one: the product of two squares can leave float32.
+  # Two roots instead of one: the product of two squares can leave float32.
   lengths = jnp.sqrt(jnp.maximum(square, 0)) * jnp.sqrt(
     jnp.maximum(mean @ gram @ mean, 0)
   )
   safe = jnp.where(lengths > 0, lengths, 1)
-  # Rounding of squares may leave it just outside.
+  # Rounding may leave it just outside the range of a cosine.
   return jnp.where(lengths > 0, jnp.clip(mean @ inner / safe, -1, 1), 0.0)
 
 
@@ -192,7 +192,7 @@ def _has_residual(
   memory: Any,
   extra_batches: int,
 ) -> bool:
-  """Whether a rule comes with a residual, from a trace of it."""
+  """Whether a rule returns a residual, found by tracing it."""
   of = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
   stack = jax.tree.map(
     lambda p: jax.ShapeDtypeStruct((num_tasks, *p.shape), p.dtype), params
@@ -207,7 +207,7 @@ def _has_residual(
     'extra_grads': (stack,) * extra_batches,
     'unmasked': stack,
   }
-  # The axes are unknown where a state is made.
+  # The axes are unknown when a state is made.
   found = jax.eval_shape(
     lambda given: combine(Given(axes=aggregation.Axes(), **given)).residual,
     given,
@@ -229,27 +229,27 @@ def lift(
   gram_only: bool = False,
   after_step: Callable[..., Any] | None = None,
 ) -> aggregation.Aggregator:
-  """Makes an aggregator of a rule.
+  """Makes an aggregator from a rule.
 
   Args:
-    combine: `Given -> Combined`; jittable. What it makes of the active tasks
-      should be what it makes of them without the others.
-    memory: `(num_tasks, params, dtype) -> tree`, what the rule remembers at the
-      start, with fresh buffers; dtype is that of the Gram matrix. The part of
-      absent tasks must be left as it is by the rule.
+    combine: `Given -> Combined`; jittable. Its result for the active tasks
+      should not depend on the others.
+    memory: `(num_tasks, params, dtype) -> tree`, the rule's memory at the
+      start, with fresh buffers; dtype is the Gram matrix's. The rule must not
+      change the part of absent tasks.
     num_tasks: T; needed at `init` by a rule with memory.
     seed: an int or a key, for a random rule.
     axes: the mapped axes.
     head_scale: default of `shared_only` for this aggregator.
     extra_batches: number of further stacks the rule needs.
-    weights: what `Combined.weights` are coefficients of: the task
-      `'gradients'`, gradients the rule `'tracked'`, or `'none'` if there are
-      none.
+    weights: the vectors whose coefficients are `Combined.weights`: the task
+      `'gradients'`, gradients the rule has `'tracked'`, or `'none'` without
+      weights.
     residual: whether the rule has one; None to find out by tracing it at
       `init`, for a rule of unknown origin.
-    gram_only: whether the rule looks at nothing of the task gradients but
-      their Gram matrix, keeps no memory of another shape, and can do without
-      them: `Given.task_grads` may be None, as `Combined.updates` is then.
+    gram_only: whether the rule uses only the Gram matrix of the task gradients
+      and keeps no memory shaped like them. `Given.task_grads` may then be None,
+      and so is `Combined.updates`.
     after_step: see `Aggregator`.
 
   Returns:
@@ -308,7 +308,7 @@ def lift(
     **unused,
   ):
     del unused
-    # An update is sharded as its rows are, and a state for ever as it began.
+    # An update is sharded like its rows, and a state stays sharded as it began.
     specs = lambda: (
       jax.tree.map(meshes.row_spec, task_grads),
       jax.tree.map(meshes.spec, state),
@@ -327,7 +327,8 @@ def lift(
     gram = algebra.gram(task_grads, size, axes)
     unmasked = task_grads
     if active is not None:
-      # After the product, not before: it would need the masked stack in memory.
+      # Masked after the product: before it, the masked stack would be in
+      # memory.
       gram = jnp.where(present[:, None] & present[None, :], gram, 0)
       task_grads, extra_grads = algebra.keep_active(
         present, (task_grads, extra_grads)
@@ -367,7 +368,7 @@ def lift(
     )
     updates, remembered = found.updates, found.memory
     if masked:
-      # No task: nothing moves and nothing is learnt, whatever the rule does.
+      # Without any task nothing moves and nothing is learnt.
       anyone = jnp.any(present)
       updates = jax.tree.map(lambda u: jnp.where(anyone, u, 0), updates)
       remembered = jax.tree.map(

@@ -18,25 +18,25 @@ class LossWeighting(NamedTuple):
 
   The weights are the coefficients of the task gradients, so that the gradient
   of `sum(weights * losses)` with constant weights is the method's update: one
-  backward pass, whatever the number of tasks. `weighted` makes an aggregator of
-  a weighting.
+  backward pass, whatever the number of tasks. `weighted` turns a weighting into
+  an aggregator.
 
-  An absent task has weight 0, its part of the state stays as it is, and the
-  weights of the others are what they are without it; without any active task
-  all of the state stays. A weighting cannot raise inside `jit`: where it takes
-  the logarithm of a loss that is negative or not finite, weights of that update
-  are NaN, so that a wrapper that skips non-finite updates skips and counts it.
-  A task whose loss is exactly 0 is solved and counts as absent there. A loss
-  that is not finite leaves nothing behind in the state.
+  An absent task has weight 0, its part of the state stays, and it does not
+  affect the weights of the others. Without any active task the whole state
+  stays. A weighting cannot raise inside `jit`: where it takes the logarithm of
+  a loss that is negative or not finite, weights of that update are NaN, so that
+  a wrapper that skips non-finite updates skips and counts it. A task whose loss
+  is exactly 0 is solved and counts as absent there. A loss that is not finite
+  leaves nothing behind in the state.
 
   Attributes:
     init: `num_tasks -> state`; its leaves are [T, ...] or scalars.
     update: `(losses [T], state, *, active=None) -> (weights [T], state)`.
       Weights are at least float32 and constants to differentiation. A method
-      may take further keywords; those here swallow what they do not know.
+      may take further keywords; those here ignore unknown ones.
     after_step: `(new_losses [T], state, *, active=None) -> state`, with the
-      losses and active tasks of the same batch after the parameters have moved;
-      None for a method that does not look at them.
+      losses and active tasks for the same batch after the parameters have
+      moved; None for a method that does not use them.
   """
 
   init: Callable[[int], Any]
@@ -44,14 +44,14 @@ class LossWeighting(NamedTuple):
   after_step: Callable[..., Any] | None = None
 
   def instead_of_aggregator(self) -> str:
-    """What an error says where an aggregator is expected."""
+    """The text of an error where an aggregator is expected."""
     return 'got a loss weighting; wrap it, as in weighted(mtl_jax.si())'
 
 
 def present_losses(
   losses: Any, active: Any, state: Any = ()
 ) -> tuple[jax.Array, jax.Array]:
-  """Losses and presence as every method computes with them.
+  """The losses and active tasks in the form that every method uses.
 
   Args:
     losses: [T].
@@ -95,7 +95,7 @@ def call_update(
   active: Any,
   extra_args: Mapping[str, Any],
 ) -> tuple[jax.Array, Any]:
-  """`weighting.update` with those of the extra arguments that it takes."""
+  """`weighting.update` with only the extra arguments that it takes."""
   parameters = inspect.signature(weighting.update).parameters
   swallows = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
   taken = {
@@ -111,7 +111,7 @@ def loss_weighting(
   update: Callable[..., tuple[jax.Array, Any]],
   after_step: Callable[..., Any] | None = None,
 ) -> LossWeighting:
-  """A weighting of functions that need not check anything.
+  """A weighting from functions that need not check anything.
 
   Args:
     init: `num_tasks -> state`.
@@ -208,7 +208,7 @@ def number(active: jax.Array) -> jax.Array:
 def softmax(x: jax.Array, active: jax.Array) -> jax.Array:
   """Softmax over the active tasks; zeros if there is none."""
   largest = jnp.max(jnp.where(active, x, -jnp.inf))
-  # No task leaves no largest entry; the shift is no part of the derivative.
+  # Without tasks there is no largest entry; the shift has no derivative.
   largest = jax.lax.stop_gradient(jnp.where(jnp.any(active), largest, 0))
   powers = jnp.where(active, jnp.exp(jnp.where(active, x - largest, 0)), 0)
   total = jnp.sum(powers)

@@ -2,9 +2,9 @@
 
 On such a mesh, which `jax.make_mesh` makes, the type of an array holds its
 sharding, and a reshape or a product over a sharded axis has to say how its
-result is sharded. Rules are written for axes that the compiler manages, so they
-run with explicit axes made automatic, and their results get the shardings that
-follow from what went in.
+result is sharded. Rules are written for axes that the compiler manages. They
+therefore run with explicit axes made automatic, and their results get the
+shardings that follow from the arguments.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec
 
 
 def spec(x: Any) -> PartitionSpec:
-  """How the type of an array says that it is sharded."""
+  """The sharding of an array according to its type."""
   return jax.typeof(x).sharding.spec
 
 
 def row_spec(x: Any) -> PartitionSpec:
-  """How a row of a stack [T, ...] is sharded, or the sum of its rows."""
+  """The sharding of a row in a stack [T, ...], or of the rows' sum."""
   return PartitionSpec(*spec(x)[1:])
 
 

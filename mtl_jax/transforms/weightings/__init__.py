@@ -1,4 +1,4 @@
-"""Methods that weigh losses, by the way they find the weights."""
+"""Methods that weigh losses, a file for each way to find the weights."""
 
 from mtl_jax.transforms.weightings._famo import famo
 from mtl_jax.transforms.weightings._fixed import equal_weights

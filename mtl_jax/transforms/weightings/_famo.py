@@ -19,7 +19,7 @@ class FamoState(NamedTuple):
 
   Attributes:
     logits: [T].
-    optimizer: its state, one a task.
+    optimizer: the optimizer's state, one a task.
     losses: [T], of the last update.
     present: bool [T], the tasks of the last update.
   """
@@ -53,7 +53,7 @@ def famo(
   .. math:: \sum_i z_i \log \frac{L_i - b_i}{L'_i - b_i} + \frac{\gamma}{2}
     |\xi|^2
 
-  The weights stay as they are at the start if `after_step` is never called.
+  The weights keep their initial values if `after_step` is never called.
 
   Scale: weights sum to 1. Losses must not lie below `min_losses`, otherwise
   the weights are NaN; a task at its bound is solved and counts as absent. A

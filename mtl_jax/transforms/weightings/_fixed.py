@@ -1,4 +1,4 @@
-"""Weights that are told and not found."""
+"""Fixed task weights."""
 
 from collections.abc import Sequence
 
@@ -64,8 +64,8 @@ def static_weights(weights: Sequence[float]) -> loss_weighting.LossWeighting:
 
   References:
     Xin et al., `Do Current Multi-Task Optimization Methods in Deep Learning
-    Even Help? <https://arxiv.org/abs/2209.11379>`_, 2022 (a grid of them is the
-    control of every other method)
+    Even Help? <https://arxiv.org/abs/2209.11379>`_, 2022 (a grid of such
+    weights is the baseline for every other method)
   """
   weights = arguments.as_weights('weights', weights)
 

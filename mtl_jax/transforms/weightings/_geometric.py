@@ -1,4 +1,4 @@
-"""Weightings by the logarithms of the losses."""
+"""Weightings from the logarithms of the losses."""
 
 import jax.numpy as jnp
 

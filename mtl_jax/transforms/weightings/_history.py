@@ -1,4 +1,4 @@
-"""Weightings by how a task has done so far."""
+"""Weightings from each task's past performance."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -18,9 +18,8 @@ class DwaState(NamedTuple):
   Attributes:
     count: scalar, number of updates in this epoch.
     total: [T], sum of the losses in this epoch.
-    seen: [T], in how many updates of it the task was there.
-    mean: [T], mean loss of the last epoch in which the task was there; 0 before
-      there is one.
+    seen: [T], number of updates in this epoch with the task.
+    mean: [T], mean loss in the last epoch with the task; 0 before there is one.
     rate: [T], quotient of the last two means; 1 before there are two.
   """
 
@@ -56,8 +55,8 @@ def dwa(
 
   and :math:`r_i = 1` in the first two epochs.
 
-  Scale: weights sum to the number of tasks. A mean is over the updates in which
-  the task was there and its loss finite; without any, its last two means stay.
+  Scale: weights sum to the number of tasks. A mean is over the updates with the
+  task present and its loss finite; without any, its last two means stay.
   :math:`r_i` is 1 where the earlier mean is 0.
 
   Args:
@@ -110,7 +109,7 @@ def dwa(
     over = count == steps_per_epoch
     known = over & (seen > 0)
     mean = total / jnp.maximum(seen, 1)
-    # No earlier mean, or one of 0, says nothing of a rate.
+    # Without an earlier mean, or with a mean of 0, there is no rate.
     nothing = state.mean == 0
     rate = jnp.where(nothing, 1, mean / jnp.where(nothing, 1, state.mean))
     return weights, DwaState(
@@ -130,7 +129,7 @@ def dtp(
   *,
   kpi: Callable[[jax.Array], Any] = lambda losses: jnp.exp(-losses),
 ) -> loss_weighting.LossWeighting:
-  r"""Dynamic task prioritization (DTP): more weight for what goes badly.
+  r"""Dynamic task prioritization (DTP): more weight for tasks that do badly.
 
   With an indicator :math:`\kappa_i \in [0, 1]` of each task's performance
   (KPI), such as its accuracy, and its moving average
@@ -148,9 +147,9 @@ def dtp(
   Args:
     gamma: focusing parameter, not negative; one for all tasks or one each.
     alpha: share of the new indicator, from above 0 to 1.
-    kpi: `losses [T] -> indicators [T]`, for updates that are not told them by
-      the keyword `kpis` [T]. The default is :math:`e^{-L_i}`: of a
-      cross-entropy, the geometric mean of the right labels' probabilities.
+    kpi: `losses [T] -> indicators [T]`, for updates that do not get the keyword
+      `kpis` [T]. The default is :math:`e^{-L_i}`: for a cross-entropy, the
+      geometric mean of the right labels' probabilities.
 
   Returns:
     A `LossWeighting` with a `DtpState`, whose `update` takes `kpis`.
@@ -200,7 +199,7 @@ def dtp(
     first = jnp.where(state.seen, state.kpis, now)
     average = alpha * now + (1 - alpha) * first
     kept = jnp.where(learnt, average, state.kpis)
-    # The logarithm of a task that does nothing right stays finite.
+    # The logarithm stays finite for a task with an indicator of 0.
     safe = jnp.maximum(average, jnp.finfo(average.dtype).tiny)
     focus = (1 - average) ** jnp.asarray(gammas, average.dtype)
     weights = jnp.where(valid, focus * jnp.abs(jnp.log(safe)), jnp.nan)

@@ -13,7 +13,7 @@ from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import loss_weighting
 from mtl_jax.transforms.weightings import task_optimizer
 
-# What multiplies exp(-s) L in the negative log likelihood.
+# The factor of exp(-s) L in the negative log likelihood.
 _LIKELIHOODS = {'gaussian': 0.5, 'softmax': 1.0}
 
 
@@ -78,7 +78,7 @@ def uncertainty(
     likelihood: `'gaussian'` or `'softmax'`, one for all tasks or one each. The
       authors' equation has both; public code has 1/2 for all.
     regularizer: `'log'` is :math:`\frac{1}{2} s_i = \log \sigma_i`; `'log1p'`
-      is :math:`\log(1 + \sigma_i^2)`, never negative, of Liebel and Körner.
+      is :math:`\log(1 + \sigma_i^2)`, never negative, from Liebel and Körner.
     initial: value of all :math:`s_i` at `init`.
 
   Returns:
@@ -144,7 +144,7 @@ def imtl_l(
   *,
   optimizer: Callable[..., optax.GradientTransformation] = optax.adam,
 ) -> loss_weighting.LossWeighting:
-  r"""Impartial multi-task learning, the part that weighs losses (IMTL-L).
+  r"""Impartial multi-task learning, the loss-weighting part (IMTL-L).
 
   With learned :math:`s_i`, which start at 0
 

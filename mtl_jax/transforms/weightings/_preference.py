@@ -37,12 +37,12 @@ def cosmos(
     w_i = r_i - \frac{\lambda}{|L|} \Big(\frac{r_i}{|r|}
     - \cos(r, L) \frac{L_i}{|L|}\Big)
 
-  Weights can be negative. The authors draw :math:`r` anew at every step and
+  Weights can be negative. The authors draw a new :math:`r` at every step and
   feed it to the model; here it is given.
 
-  Scale: as the equation says, with :math:`r` as it is given; the preferences of
-  the others stay when a task is absent. Losses that are all zero have no
-  direction, and the weights are then :math:`r`.
+  Scale: as the equation says, with :math:`r` as given; the preferences of the
+  others stay when a task is absent. Losses that are all zero have no direction,
+  and the weights are then :math:`r`.
 
   Args:
     lambda_: :math:`\lambda`, finite and not negative.
@@ -87,7 +87,7 @@ def pbi(
   preference: Sequence[float] | None = None,
   ideal: float | Sequence[float] = 0.0,
 ) -> loss_weighting.LossWeighting:
-  r"""Penalty boundary intersection (PBI) of the ray of the preferences.
+  r"""Penalty boundary intersection (PBI) for the ray of the preferences.
 
   With the direction :math:`u = r / |r|` of the preferences and an ideal point
   :math:`b`
@@ -134,8 +134,7 @@ def pbi(
     above = jnp.where(active, losses - jnp.asarray(lowest, losses.dtype), 0)
     off = above - jnp.sum(along * above) * along
     away, distance = _unit(off)
-    # What is left on the ray is rounding of the losses and of their sum, and
-    # its direction says nothing.
+    # On the ray the remainder is rounding, so its direction has no meaning.
     rounding = jnp.finfo(losses.dtype).eps * losses.size
     near = distance <= rounding * jnp.max(jnp.abs(above))
     return along + theta * jnp.where(near, 0, away)

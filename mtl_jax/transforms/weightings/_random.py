@@ -24,8 +24,8 @@ class RlwState(NamedTuple):
 
   Attributes:
     key: the key the next update draws from.
-    means: [T], of the normal distributions; None but for `'random_normal'`.
-    deviations: [T], of the same.
+    means: [T], of the normal distributions; None except for `'random_normal'`.
+    deviations: [T], of the same distributions.
   """
 
   key: jax.Array
@@ -34,10 +34,10 @@ class RlwState(NamedTuple):
 
 
 def _some(key: jax.Array, active: jax.Array) -> jax.Array:
-  """A set of tasks, each non-empty one equally likely; bool [T]."""
+  """A random set of tasks, with equal odds for each non-empty one; bool [T]."""
   first_key, rest_key = jax.random.split(key)
-  # Of n coins that do not all fail, the k-th is the first to succeed with a
-  # probability in proportion to 2^-k; those after it are free.
+  # Among n coins that do not all fail, the k-th is the first to succeed with a
+  # probability proportional to 2^-k; the later ones are free.
   rank = jnp.cumsum(active)
   logits = jnp.where(active, -rank * jnp.log(2.0), -jnp.inf)
   first = jax.random.categorical(first_key, logits)
@@ -53,16 +53,16 @@ def rlw(
 
   .. math:: w = f(\xi), \qquad \xi \sim p
 
-  drawn anew at every update. With :math:`f` the softmax, :math:`\xi_i` is
-  standard normal (`'normal'`), uniform on [0, 1] (`'uniform'`) or normal with
-  mean and deviation that are themselves drawn from [0, 1] at `init`
-  (`'random_normal'`). `'dirichlet'` is the uniform distribution on the simplex,
-  `'bernoulli'` an equal share for each task of a random non-empty set, and
-  `'constrained_bernoulli'` all for one random task.
+  drawn at every update. With :math:`f` the softmax, :math:`\xi_i` is standard
+  normal (`'normal'`), uniform on [0, 1] (`'uniform'`) or normal with a mean and
+  deviation that are drawn from [0, 1] at `init` (`'random_normal'`).
+  `'dirichlet'` is the uniform distribution on the simplex, `'bernoulli'` gives
+  an equal share to each task in a random non-empty set, and
+  `'constrained_bernoulli'` gives all to one random task.
 
-  Scale: weights on the simplex, `equal_weights` in the mean (but for
+  Scale: weights on the simplex, `equal_weights` in the mean (except for
   `'random_normal'`). Absent tasks take no share, and the others have the
-  distribution for that many tasks.
+  distribution for their number.
 
   Args:
     distribution: one of the names above.

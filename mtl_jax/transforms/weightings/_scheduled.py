@@ -53,8 +53,8 @@ def scheduled_weights(
   absent.
 
   Args:
-    schedules: a function from the count of updates to weights [T], or one optax
-      schedule (or constant, finite and non-negative) a task.
+    schedules: a function from the count of updates to weights [T], or for each
+      task one optax schedule (or constant, finite and non-negative).
 
   Returns:
     A `LossWeighting` with a `ScheduledWeightsState`.
@@ -120,14 +120,14 @@ def first_then(
   steps: int,
   then: loss_weighting.LossWeighting,
 ) -> loss_weighting.LossWeighting:
-  """One weighting for some updates, another one from then on.
+  """One weighting for the first updates, another one from then on.
 
-  The one whose turn it is not sees no loss, and its state stays. An update
-  without an active task does not count.
+  The inactive weighting gets no losses, and its state stays. An update without
+  an active task does not count.
 
   Args:
     first: the weighting of the first updates.
-    steps: how many updates they are.
+    steps: number of those updates.
     then: the weighting of all later updates; begins with its initial state.
 
   Returns:
@@ -158,7 +158,7 @@ def first_then(
 
   def update(losses, state, *, active=None, **extra_args):
     early = state.count < steps
-    # Both are some tens of numbers: a choice costs less than a branch.
+    # Both are tens of numbers: a select costs less than a branch.
     choose = lambda a, b: jax.tree.map(
       lambda x, y: jnp.where(early, x, y), a, b
     )
@@ -177,7 +177,7 @@ def first_then(
     return weights, loss_weighting.unless_nobody(present, moved, state)
 
   def after_step(new_losses, state, *, active=None):
-    # The update that this step belongs to is counted already.
+    # The update before this step is already counted.
     early = state.count <= steps
 
     def moved(weighting, old, turn):

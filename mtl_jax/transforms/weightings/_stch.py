@@ -16,7 +16,7 @@ class StchState(NamedTuple):
   Attributes:
     count: scalar, number of updates so far, up to the end of the warm-up.
     total: [T], sum of the losses that make the nadir.
-    seen: [T], how many they are.
+    seen: [T], number of those losses.
   """
 
   count: jax.Array  # type: ignore[assignment]
@@ -51,27 +51,28 @@ def stch(
     y_i = \lambda_i \log \frac{L_i}{n_i}, \qquad
     w_i = T\, \frac{\lambda_i}{L_i}\, \mathrm{softmax}(y / \mu)_i
 
-  where the nadir is given or is the mean loss in the last `nadir_steps` of
-  `warm_up_steps` updates, during which the method is `si`. At the nadir it
-  still is.
+  where the nadir is given or is the mean loss over the last `nadir_steps` of
+  `warm_up_steps` updates. During the warm-up the method is `si`, and it equals
+  `si` at the nadir.
 
-  Scale: as the equations say. With `'log_losses'` losses must not be
-  negative, otherwise the weights are NaN; a task whose loss is exactly 0 is
-  solved and counts as absent. A task that was absent in all of the
-  `nadir_steps` takes the first loss it shows after.
+  Scale: as the equations say. With `'log_losses'` losses must not be negative,
+  otherwise the weights are NaN; a task whose loss is exactly 0 is solved and
+  counts as absent. A task that was absent in all `nadir_steps` takes its first
+  loss after them.
 
   Args:
-    mu: smoothing, positive; the smaller, the nearer to the largest loss alone.
+    mu: smoothing, positive; the smaller it is, the nearer to the largest loss
+      alone.
     objectives: `'losses'` or `'log_losses'`.
     preference: [T], non-negative and not all zero; None is 1 / T (of the
       active tasks) for `'losses'` and 1 for `'log_losses'`.
     ideal: lower bound of the losses, one for all or one each, for `'losses'`;
       None is 0.
     nadir: positive, one for all or one each, for `'log_losses'`.
-    warm_up_steps: how many updates to find the nadir in, instead of `nadir`.
-      The authors' are five epochs.
-    nadir_steps: how many of them, the last ones, make the mean; None for all.
-      The authors' are one epoch.
+    warm_up_steps: number of updates in which to find the nadir, instead of
+      `nadir`. The authors use five epochs.
+    nadir_steps: number of last warm-up updates that make the mean; None for
+      all. The authors use one epoch.
 
   Returns:
     A `LossWeighting`, with a `StchState` if there is a warm-up and without
@@ -130,8 +131,8 @@ def stch(
   )
 
   def shares(y, active):
-    # Scaled after the largest is taken off: for a small mu only the difference
-    # must not overflow.
+    # Scaled after subtraction of the largest: for a small mu only the
+    # difference must not overflow.
     largest = jnp.max(jnp.where(active, y, -jnp.inf))
     return loss_weighting.softmax((y - largest) / mu, active)
 

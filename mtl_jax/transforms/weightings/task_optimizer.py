@@ -27,10 +27,10 @@ def make(
 
 
 def init(tx: optax.GradientTransformation, parameters: jax.Array) -> Any:
-  """A state [T, ...] in every leaf: each task's optimizer has its own.
+  """The optimizer states of all tasks, with leaves [T, ...].
 
-  So a task that is absent loses nothing, not even of the step count that
-  corrects Adam's moments.
+  Each task has a separate state. An absent task therefore keeps everything,
+  even the step count that corrects Adam's moments.
   """
   return jax.vmap(tx.init)(parameters)
 
@@ -42,15 +42,15 @@ def step(
   parameters: jax.Array,
   moving: jax.Array,
 ) -> tuple[jax.Array, Any]:
-  """One step of the tasks that move; the others keep number and state.
+  """One step for the tasks that move; the others keep number and state.
 
   Args:
     tx: the optimizer.
     gradients: [T].
-    state: of `init`.
+    state: from `init`.
     parameters: [T].
-    moving: bool [T]. A gradient that is not finite moves nothing either: it
-      would stay in the state for ever.
+    moving: bool [T]. A non-finite gradient also moves nothing: it would stay in
+      the state for ever.
 
   Returns:
     parameters [T] and state.

@@ -105,11 +105,11 @@ def flat_minima(
     head_scale: `'none'`, or `'weights'` to multiply s_i of the heads by the
       weights of the loss part.
     perturbation: only with `axis_name`. `'global'`: every replica perturbs by
-      the task gradients of all replicas. `'per_device'`: each
-      replica perturbs by its local task gradients and their norm (m-sharpness,
-      with m the examples on a replica); loss and SAM gradients are then
-      averaged once, after the second pass, instead of after each pass. A
-      replica without labels of a task does not perturb it.
+      the task gradients of all replicas. `'per_device'`: each replica perturbs
+      by its local task gradients and their norm (m-sharpness, with m the
+      examples on a replica); loss and SAM gradients are then averaged once,
+      after the second pass, instead of after each pass. A replica without
+      labels of a task does not perturb it.
     eps: added to the norm, so that a zero gradient is not perturbed.
     param_labels: see `shared_only`; `'frozen'` leaves are neither perturbed nor
       updated.
