@@ -201,6 +201,9 @@ def at_each(
     return out, ()
 
   if engine == 'vmap':
+    traced = _Owned(f, f, partition, [x[0] for x in stack], heads)
+    for i in range(size):
+      traced.loss(i)  # Raises for another task's head.
 
     def total(stack, heads):
       # The index keeps the map alive where nothing is shared.

@@ -1,5 +1,7 @@
 """What the compiled programs compute, and that they compute nothing more."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -58,12 +60,15 @@ def own_parameters():
 CLOSE = 0.02
 
 
+@functools.cache
+def flops_of_at():
+  pair = mtl_jax.task_grad(loss_fn, NAMES, engine='unroll')
+  return flops(pair.at, PARAMS, IMAGE)
+
+
 def test_at_runs_one_forward_pass_and_a_pull_back_a_task_of_its_own_head():
-  cost = flops(
-    mtl_jax.task_grad(loss_fn, NAMES, engine='unroll').at, PARAMS, IMAGE
-  )
   expected = FORWARD + SIZE * HEAD + SIZE * (BACKWARD + 2 * HEAD)
-  assert cost == pytest.approx(expected, rel=CLOSE)
+  assert flops_of_at() == pytest.approx(expected, rel=CLOSE)
 
 
 def test_at_each_runs_a_forward_and_a_pull_back_a_task_of_its_own_head():
@@ -97,15 +102,12 @@ def test_aux_costs_no_second_forward_pass():
     hidden = jax.nn.relu(image @ params['shared']['first'])
     return loss_fn(params, image), jnp.mean(hidden, axis=0)
 
-  plain = flops(
-    mtl_jax.task_grad(loss_fn, NAMES, engine='unroll').at, PARAMS, IMAGE
-  )
   cost = flops(
     mtl_jax.task_grad(with_aux, NAMES, engine='unroll', has_aux=True).at,
     PARAMS,
     IMAGE,
   )
-  assert cost == pytest.approx(plain, rel=0.01)
+  assert cost == pytest.approx(flops_of_at(), rel=0.01)
 
 
 def test_a_frozen_leaf_costs_no_gradient():
@@ -164,7 +166,7 @@ def temporary_copies(method, engine, tasks):
 @pytest.mark.parametrize(
   ('name', 'tasks'),
   # The last has more rows than are added up in one pass.
-  [('linear', 2), ('pcgrad', 2), ('cagrad', 2), ('cagrad', 4), ('linear', 18)],
+  [('pcgrad', 2), ('cagrad', 4), ('linear', 18)],
 )
 def test_a_flat_update_in_a_loop_holds_two_stacks_and_little_more(name, tasks):
   method = lambda names: mtl_jax.flat_minima(getattr(mtl_jax, name)(), names)
@@ -172,7 +174,6 @@ def test_a_flat_update_in_a_loop_holds_two_stacks_and_little_more(name, tasks):
   assert temporary_copies(method, 'scan', tasks) <= 2 * tasks + 3.5
 
 
-@pytest.mark.parametrize('name', ['linear', 'cagrad'])
-def test_a_plain_update_in_a_loop_holds_one_stack_and_little_more(name):
-  method = lambda names: mtl_jax.shared_only(getattr(mtl_jax, name)(), names)
+def test_a_plain_update_in_a_loop_holds_one_stack_and_little_more():
+  method = lambda names: mtl_jax.shared_only(mtl_jax.cagrad(), names)
   assert temporary_copies(method, 'scan', SIZE) <= SIZE + 2

@@ -1,12 +1,11 @@
 """Task gradients inside `shard_map`, whose types tell what varies."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+import quick_compile
 
 import mtl_jax
 
@@ -71,26 +70,31 @@ def update(params, batch, *, mark=lambda tree: tree, axis=None, **options):
   return updates
 
 
-@functools.cache
-def on_one_device():
-  return jax.jit(update)(PARAMS, BATCH)
+CASES = [
+  (engine, slices) for engine in ('unroll', 'vmap', 'scan') for slices in (1, 2)
+]
 
 
-@pytest.mark.parametrize('slices', [1, 2])
-@pytest.mark.parametrize('engine', ['unroll', 'vmap', 'scan'])
 @pytest.mark.parametrize('check_vma', [False, True])
-def test_every_engine_works_with_parameters_marked_as_varying(
-  check_vma, engine, slices
-):
+def test_every_engine_works_with_parameters_marked_as_varying(check_vma):
   mark = lambda tree: jax.lax.pcast(tree, 'batch', to='varying')
+  marked = {'mark': mark} if check_vma else {}
+
+  def all_of_them(params, batch):
+    return [
+      update(
+        params,
+        batch,
+        axis='batch',
+        engine=engine,
+        micro_batches=slices,
+        **marked,
+      )
+      for engine, slices in CASES
+    ]
+
   mapped = jax.shard_map(
-    functools.partial(
-      update,
-      axis='batch',
-      engine=engine,
-      micro_batches=slices,
-      **({'mark': mark} if check_vma else {}),
-    ),
+    all_of_them,
     mesh=jax.make_mesh(
       (DEVICES,), ('batch',), axis_types=(jax.sharding.AxisType.Auto,)
     ),
@@ -98,8 +102,17 @@ def test_every_engine_works_with_parameters_marked_as_varying(
     out_specs=P(),
     check_vma=check_vma,
   )
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    jax.jit(mapped)(PARAMS, BATCH),
-    on_one_device(),
-  )
+
+  @quick_compile.jit
+  def both(params, batch):
+    return mapped(params, batch), update(params, batch)
+
+  found, expected = both(PARAMS, BATCH)
+  for case, one in zip(CASES, found, strict=True):
+    jax.tree.map(
+      lambda a, b, case=case: np.testing.assert_allclose(
+        a, b, rtol=1e-4, atol=1e-6, err_msg=str(case)
+      ),
+      one,
+      expected,
+    )
