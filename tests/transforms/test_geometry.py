@@ -205,6 +205,13 @@ def test_conicgrad_stays_in_the_cone_with_the_length_of_the_mean(
     assert turned <= angle + (0.05 if size < dimensions else 0.5)
 
 
+def test_conicgrad_is_solved_where_tasks_outnumber_dimensions():
+  # For some of these Newton's steps alone are off by a hundredth.
+  for seed in range(40):
+    _, state = update_of(conicgrad(45.0, 8), rows(8, 5, 2, seed))
+    assert state.residual <= 1e-4, seed
+
+
 @pytest.mark.parametrize('angle', [20.0, 80.0])
 def test_no_direction_in_the_cone_is_better_for_the_worst_task(angle):
   mean = CONFLICTING.mean(axis=0)
