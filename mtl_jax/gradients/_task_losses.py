@@ -237,10 +237,15 @@ class TaskLosses:
       *self.args,
     )
 
-  def at_features(self, params: types.Params) -> 'Boundary':
-    """The boundary between the shared part and the heads; see `Boundary`."""
+  def at_features(self, params: types.Params, asker: str) -> 'Boundary':
+    """The boundary between the shared part and the heads; see `Boundary`.
+
+    Args:
+      params: parameters.
+      asker: who asks, for an error.
+    """
     self.require(
-      'feature_update',
+      asker,
       'gradients of features',
       micro_batches=False,
       replicas=False,
@@ -272,11 +277,17 @@ class TaskLosses:
     return Boundary(losses, found.params, found.pull)
 
   def dense_losses(
-    self, params: types.Params, dense: Callable[..., jax.Array]
+    self, params: types.Params, dense: Callable[..., jax.Array], asker: str
   ) -> tuple[tuple[jax.Array, ...], Any]:
-    """Losses as T scalars, and aux, with dense layers handed to `dense`."""
+    """Losses as T scalars, and aux, with dense layers handed to `dense`.
+
+    Args:
+      params: parameters.
+      dense: `(x [..., in], w [in, out]) -> [..., out]`.
+      asker: who asks, for an error.
+    """
     self.require(
-      'ghost_update',
+      asker,
       'dense layers',
       micro_batches=False,
       replicas=False,
@@ -327,8 +338,8 @@ class TaskLosses:
       )
     if form is not None and getattr(self.objective, form) is None:
       raise ValueError(
-        f'{asker} needs {question}, but the objective has no {form}: this '
-        'model does not offer it'
+        f'{asker} needs {question}, but the objective has no {form}: pass '
+        f'task_losses an Objective with it, or choose a model that has it'
       )
 
   @property

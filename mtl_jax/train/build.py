@@ -1,6 +1,7 @@
 """From a config to a joint update and an optax chain."""
 
 from collections.abc import Sequence
+import functools
 import inspect
 import typing
 from typing import Any
@@ -20,8 +21,6 @@ from mtl_jax.transforms.contract import labels
 _NOT_OF_FLAT = (
   *('aggregator', 'task_names', 'perturbation', 'combiner', 'param_labels'),
 )
-# How a method is evaluated; see `mtl_jax.updates`.
-UPDATES = ('stack', 'gram', 'ghost', 'features')
 _SCHEDULES = ('constant', 'cosine', 'step')
 
 
@@ -52,7 +51,9 @@ def joint_update(
   """
   method, how = config.method, config.joint_update
   if how not in UPDATES:
-    raise ValueError(f'joint_update must be one of {UPDATES}, got {how!r}')
+    raise ValueError(
+      f'joint_update must be one of {tuple(UPDATES)}, got {how!r}'
+    )
   _check_method(method, config.perturbation)
   weighting = make_weighting(method, config.seed, **given)
   if weighting is not None and method.flat is None:
@@ -70,18 +71,23 @@ def joint_update(
   aggregator = _aggregator(
     method, weighting, task_names, config.seed, axis_name
   )
-  if how == 'stack':
-    tx = _over_parameters(aggregator, method, task_names, config.perturbation)
-    return updates.stack_update(tx)
-  if how == 'features':
-    if method.flat is not None:
-      raise ValueError(
-        "joint_update='features' combines tasks at the features, where no "
-        'parameters are to perturb; method.flat must be None for it'
-      )
-    return updates.feature_update(
+  return UPDATES[how](aggregator, method, task_names, config.perturbation)
+
+
+def _stack(aggregator, method, task_names, perturbation):
+  if method.flat is None:
+    tx = transforms.shared_only(
       aggregator, task_names, head_scale=method.head_scale
     )
+  else:
+    tx = transforms.flat_minima(
+      aggregator, task_names, perturbation=perturbation, **dict(method.flat)
+    )
+  return updates.stack_update(tx)
+
+
+def _gram_based(factory, aggregator, method, task_names, perturbation):
+  del perturbation  # Of replicas, which these updates refuse.
   flat, head_scale = None, method.head_scale
   if method.flat is not None:
     options = dict(method.flat)
@@ -89,12 +95,32 @@ def joint_update(
     combine = options.pop('combine')
     if combine != 'separate':
       raise ValueError(
-        f"update={how!r} goes with method.flat.combine='separate' alone, got "
-        f'{combine!r}'
+        f"{factory.__name__} goes with method.flat.combine='separate' alone, "
+        f'got {combine!r}'
       )
     flat = transforms.Perturbation(**options)
-  factory = updates.gram_update if how == 'gram' else updates.ghost_update
   return factory(aggregator, task_names, flat=flat, head_scale=head_scale)
+
+
+def _features(aggregator, method, task_names, perturbation):
+  del perturbation
+  if method.flat is not None:
+    raise ValueError(
+      "joint_update='features' combines tasks at the features, where no "
+      'parameters are to perturb; method.flat must be None for it'
+    )
+  return updates.feature_update(
+    aggregator, task_names, head_scale=method.head_scale
+  )
+
+
+# What `config.joint_update` may be, and what makes it of an aggregator.
+UPDATES = {
+  'stack': _stack,
+  'gram': functools.partial(_gram_based, updates.gram_update),
+  'ghost': functools.partial(_gram_based, updates.ghost_update),
+  'features': _features,
+}
 
 
 def _check_method(method, perturbation):
@@ -132,17 +158,6 @@ def _aggregator(method, weighting, task_names, seed, axis_name):
   factory = _named((aggregators,), 'method.aggregator', method.aggregator)
   kwargs = _arguments(method.aggregator, factory, method.kwargs, seed=seed)
   return factory(**kwargs, **given)
-
-
-def _over_parameters(aggregator, method, task_names, perturbation):
-  """An aggregator for shared parameters and heads."""
-  if method.flat is None:
-    return transforms.shared_only(
-      aggregator, task_names, head_scale=method.head_scale
-    )
-  return transforms.flat_minima(
-    aggregator, task_names, perturbation=perturbation, **dict(method.flat)
-  )
 
 
 def make_weighting(

@@ -20,7 +20,7 @@ _CHOICES = {
   'data.split': ('holdout', 'paper'),
   'data.placement': ('host', 'device'),
   'engine': gradients.ENGINES,
-  'joint_update': build.UPDATES,
+  'joint_update': tuple(build.UPDATES),
   'compute_dtype': ('float32', 'bfloat16'),
   'perturbation': ('global', 'per_device'),
   'parallel.batch_norm': ('global', 'per_device'),

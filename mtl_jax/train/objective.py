@@ -72,5 +72,5 @@ def objective(
       return loss_fn(params, batch, model_state, key)
 
   if model.features is None:
-    return gradients.Objective(loss_fn, dense_loss_fn=dense_loss_fn)
+    return gradients.Objective(loss_fn)
   return gradients.Objective(loss_fn, features_fn, head_loss_fn, dense_loss_fn)

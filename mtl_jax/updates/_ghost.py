@@ -132,7 +132,7 @@ def ghost_update(
     def evaluate(shared, heads, ghosts, taps):
       layers = _ghost_layers.Layers(shared, ghosts, taps)
       values, aux = losses.dense_losses(
-        partition.join(shared, heads, frozen), layers
+        partition.join(shared, heads, frozen), layers, 'ghost_update'
       )
       return values, aux, layers
 
