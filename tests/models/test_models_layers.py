@@ -411,3 +411,15 @@ def test_replicas_sum_the_gradient_of_a_kernel_that_they_share(name):
   expected = jax.jit(functools.partial(gradient, _native))(x, kernel)
   _close(by_hand, expected, 1e-5)
   _close(by_vma, expected, 1e-5)
+
+
+def test_inside_native_layers_a_model_has_a_forward_mode_derivative():
+  x, kernel = _inputs((6, 6), 3, 4, 3)
+  forward = lambda x: layers.max_pool(_ours(x, kernel, 1, 1), 2, 2)
+  with pytest.raises(TypeError, match='custom_vjp'):
+    jax.jvp(forward, (x,), (x,))
+  with models.native_layers():
+    out, tangent = jax.jvp(forward, (x,), (x,))
+  # Without a bias both are linear where no maximum changes.
+  _close(tangent, out, 1e-5)
+  _close(out, forward(x), 1e-5)
