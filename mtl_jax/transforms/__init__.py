@@ -1,7 +1,7 @@
 """Gradient manipulation and flat minima as optax transformations.
 
-Needs jax, numpy and optax, and nothing else of this project. The names come
-from the packages below: a method is exported where it is written.
+Needs only jax, numpy and optax, and nothing else from this project. The names
+come from the packages below, so a method is exported where it is written.
 """
 
 from mtl_jax.transforms import aggregators

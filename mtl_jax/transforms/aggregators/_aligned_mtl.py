@@ -26,7 +26,7 @@ def _lengths(rows: jax.Array) -> jax.Array:
   largest = jnp.max(jnp.abs(rows), axis=1)
   safe = jnp.where(largest > 0, largest, 1)
   squares = jnp.sum((rows / safe[:, None]) ** 2, axis=1)
-  # The root of a row of zeros has no derivative, and 0 times none is none.
+  # The root at a row of zeros has no derivative, and 0 times NaN is NaN.
   return largest * jnp.sqrt(jnp.where(largest > 0, squares, 1))
 
 
@@ -70,8 +70,8 @@ def _principal_axes(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows: [T, N].
 
   Returns:
-    singular values [S] in no order, and their vectors as rows, [S, T]; S is T,
-    or T + 1 with one of zero where T is odd.
+    singular values [S] in no order, and their vectors as rows, [S, T]. S is T
+    for even T, otherwise T + 1 with an additional zero.
   """
   size = rows.shape[0]
   even = size + size % 2
@@ -107,10 +107,10 @@ def aligned_mtl(
 ) -> aggregation.Aggregator:
   r"""Independent component alignment (Aligned-MTL).
 
-  The principal axes of the task gradients are given one length, so that the
-  linear system of gradients has the condition number one, and then averaged.
-  With the singular values :math:`\sigma_k` of the matrix of task gradients and
-  :math:`G = \sum_k \sigma_k^2 v_k v_k^\top`
+  The principal axes of the task gradients get one common length, so that the
+  linear system of gradients has the condition number one. They are then
+  averaged. With the singular values :math:`\sigma_k` of the matrix of task
+  gradients and :math:`G = \sum_k \sigma_k^2 v_k v_k^\top`
 
   .. math::
     d = \sum_i w_i g_i, \qquad
@@ -120,15 +120,15 @@ def aligned_mtl(
 
   Scale: the mean of the aligned gradients, or their sum weighted by the
   preference. Degree of homogeneity: 1. Linearly dependent gradients have fewer
-  axes than tasks; s is chosen among those there are. Tasks with a zero gradient
-  stay zero and count in the mean.
+  axes than tasks; s is chosen among the existing ones. Tasks with a zero
+  gradient stay zero and count in the mean.
 
   Args:
     scale: the common length s: the smallest singular value, as in the paper
       (`'min'`), the median (of an even number the lower, `'median'`), or the
       root mean square (`'rmse'`), as in the authors' code.
-    preference: [T], non-negative and not all zero; None for 1/T each. It is
-      taken as it is, so that absent tasks leave those of the others alone.
+    preference: [T], non-negative and not all zero; None for 1/T each. It is not
+      rescaled, so absent tasks do not change the others' preferences.
     num_tasks: T, to have weights and Gram matrix in the state.
     axis_name: see `from_gram`.
     reduce: see `from_gram`.
@@ -162,8 +162,8 @@ def aligned_mtl(
     relative = jnp.where(
       usable, lengths / jnp.where(longest > 0, longest, 1), 0
     )
-    # The rank is that of the directions: a gradient that is short by orders of
-    # magnitude is a direction like any other.
+    # The rank counts directions: a gradient that is shorter by orders of
+    # magnitude is still a direction.
     cos = jnp.where(usable[:, None] & usable[None, :], cos, 0)
     values, vectors = jnp.linalg.eigh(cos)
     kept = values > _RANK_TOLERANCE * gram.shape[0]

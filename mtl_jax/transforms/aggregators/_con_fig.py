@@ -16,8 +16,8 @@ from mtl_jax.transforms.solvers import simplex
 # resolution times the number of tasks, are rounding of linearly dependent
 # gradients.
 _RANK_TOLERANCE = 8
-# Inner products of unit gradients with their weighted sum, for weights up to 1,
-# that are all below this are rounding of gradients that cancel.
+# If all inner products of unit gradients with their weighted sum (weights up to
+# 1) are below this, the gradients cancel and the rest is rounding.
 _CANCELLED = 1e-5
 
 
@@ -31,9 +31,8 @@ def con_fig(
 ) -> aggregation.Aggregator:
   r"""Conflict-free inverse gradients (ConFIG).
 
-  The direction whose cosines with all task gradients are equal (or in the
-  proportion of a preference p), as long as the projections of all gradients on
-  it together:
+  The direction whose cosines with all task gradients are equal (or proportional
+  to a preference p). Its length is the sum of the gradients' projections on it:
 
   .. math::
     d = \Big\langle \sum_i g_i, \hat u \Big\rangle \hat u, \qquad
@@ -41,18 +40,18 @@ def con_fig(
     u = U^{+} p = \sum_i (C^{+} p)_i \, g_i / |g_i|
 
   with the unit gradients as rows of U, and the matrix C of their cosines. The
-  last digits are found on the gradients, which takes two more combinations of
-  them: from C alone an error grows with the square of their condition number.
+  last digits come from the gradients, which takes two more combinations of
+  them: from C alone the error grows with the square of their condition number.
 
   Scale: T for identical tasks, a sum. Degree of homogeneity: 1. Tasks with a
-  zero gradient have no direction and are left out. Where gradients are linearly
-  dependent the cosines are equal as nearly as they can be; where no direction
-  is left (tasks cancel) the update is zero.
+  zero gradient have no direction and are ignored. If gradients are linearly
+  dependent, the cosines are as nearly equal as possible. If no direction
+  remains (tasks cancel), the update is zero.
 
   Args:
     preference: [T], non-negative and not all zero; None for equal cosines.
     num_tasks: T, to have weights, Gram matrix and residual in the state. The
-      residual is how far the cosines are from those that the equation gives.
+      residual is the distance of the cosines from those in the equation.
     axis_name: see `from_gram`.
     reduce: see `from_gram`.
     shard_axis: see `from_gram`.
@@ -88,13 +87,13 @@ def con_fig(
     largest = jnp.max(wanted)
     wanted = wanted / jnp.where(largest > 0, largest, 1)
     cos = jnp.where(usable[:, None] & usable[None, :], cos, 0)
-    # The correction alone has a derivative, which is that of the solution.
+    # Only the correction has a derivative, which is the solution's.
     values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(cos))
     kept = values > _RANK_TOLERANCE * jnp.finfo(gram.dtype).eps * size
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
 
     def combination(shares):
-      """Of the unit gradients; its inner products with them, and its square."""
+      """A sum of unit gradients, its inner products with them, its square."""
       weights = jnp.where(usable, shares / lengths, 0)
       u = algebra.weighted_sum(
         weights, given.unmasked, given.active, keep_wide=True
@@ -103,13 +102,13 @@ def con_fig(
       return u, jnp.where(usable, inner / lengths, 0), square
 
     # Rounding of the cosines costs the square of the condition number. One
-    # Newton step of the least-squares problem |U u - p|, whose slope is taken
-    # from the gradients, leaves the condition number itself.
+    # Newton step for the least-squares problem |U u - p|, with the slope from
+    # the gradients, reduces that to the condition number.
     shares = vectors @ (inverse * (vectors.T @ wanted))
     shares = jax.lax.stop_gradient(shares)
     _, before, _ = combination(shares)
     _, slope, _ = combination(wanted - before)
-    # What is missing of the preference, as far as unit gradients can give it.
+    # The remainder of the preference, as far as unit gradients can supply it.
     missing = vectors @ (inverse * (vectors.T @ slope))
     shares += vectors @ (inverse * (vectors.T @ missing))
     u, inner, square = combination(shares)

@@ -28,17 +28,17 @@ def conicgrad(
     \max_d \min_i \langle g_i, d \rangle \quad \text{s.t.} \quad
     |d| \le |g_0|, \; \langle g_0, d \rangle \ge c \, |g_0|^2
 
-  and the solution is given the length :math:`|g_0|`. Such a d makes an angle
-  of at most :math:`\arccos c` with the mean. It is MGDA's direction where that
-  lies in the cone, and else on the surface of the cone.
+  and the solution is given the length :math:`|g_0|`. Such a d makes an angle of
+  at most :math:`\arccos c` with the mean. It is MGDA's direction if that lies
+  in the cone, and otherwise on the surface of the cone.
 
   Scale: the length of the mean gradient. Degree of homogeneity: 1. A task with
-  a zero gradient gains nothing whatever d is; it counts in the mean only.
+  a zero gradient gains nothing for any d; it counts only in the mean.
 
   The paper asks for the largest worst gain in the cone and sets the length
-  afterwards. In a cone alone that gain has no maximum where it can be positive;
-  with the length bounded there is one direction, found exactly here. Of many
-  more tasks than dimensions float32 leaves a residual of up to 1e-2.
+  afterwards. In a cone alone a positive gain has no maximum. With the length
+  bounded there is one direction, which is found exactly here. For many more
+  tasks than dimensions float32 leaves a residual of up to 1e-2.
 
   Args:
     angle: half the opening angle of the cone in degrees, between 0 (the mean)

@@ -18,7 +18,7 @@ from mtl_jax.transforms.contract import lifting
 
 
 class CrMogmMemory(NamedTuple):
-  """What `cr_mogm` remembers.
+  """The memory of `cr_mogm`.
 
   Attributes:
     inner: state of the aggregator whose weights are averaged.
@@ -48,8 +48,8 @@ def cr_mogm(
 
   .. math:: w \leftarrow a\, w + (1 - a)\, \hat w, \qquad d = \sum_i w_i g_i
 
-  which frees the weights from much of the noise of the batch whose gradients
-  they are applied to. The first weights begin the average.
+  This frees the weights from much of the noise in the batch to whose gradients
+  they apply. The average starts with the first weights.
 
   Scale and degree of homogeneity: those of the aggregator, for weights whose
   degree is 0.
@@ -66,9 +66,9 @@ def cr_mogm(
     shard_axis: see `axis_name`.
 
   Returns:
-    An aggregator whose memory is a `CrMogmMemory`. Where tasks are absent,
-    their weights stay in memory, and those of the others are brought to the
-    size of the new ones before they are averaged with them.
+    An aggregator whose memory is a `CrMogmMemory`. The weights of absent tasks
+    stay in memory. The old weights of the others are rescaled to the size of
+    the new ones before they are averaged with them.
 
   Raises:
     ValueError: for a decay outside its range, axes beside an aggregator, and an
@@ -120,8 +120,8 @@ def cr_mogm(
   def combine(given: lifting.Given) -> lifting.Combined:
     old, active = given.memory, given.active
     state = old.inner
-    # Where a state is made the axes are not bound, and nothing but the shapes
-    # of the aggregator's state is asked for.
+    # When a state is made the axes are not bound, and only the shapes of the
+    # aggregator's state are needed.
     sized = inner.for_tasks(active.shape[0])
     if given.task_grads is None and sized.weigh is not None:
       state = sized.weigh(given.gram, state, losses=given.losses, active=active)
@@ -157,7 +157,7 @@ def cr_mogm(
     axes=inner.axes,
     head_scale=inner.head_scale,
     extra_batches=inner.extra_batches,
-    # That of the aggregator, whatever it is.
+    # The aggregator decides whether there is a residual.
     residual=None,
     gram_only=inner.weigh is not None,
   )
@@ -169,14 +169,14 @@ def _average(
   """The averaged weights [T] of the active tasks, and those to remember [T]."""
   new = jnp.where(active, new, 0)
   past = jnp.where(active & old.seen, old.weights, new)
-  # The weights of a part of the tasks are of another size than those of all of
-  # them; only where the same tasks are back is nothing to be done.
+  # Weights for some of the tasks differ in size from weights for all of them.
+  # Nothing has to be done only if the same tasks are back.
   size, had = jnp.sum(jnp.abs(new)), jnp.sum(jnp.abs(past))
   whole = jnp.all(active & old.seen) | ~(had > 0) | ~(size > 0)
   grown = jnp.where(whole, 1, size / jnp.where(whole, 1, had))
   weights = decay * grown * past + (1 - decay) * new
   weights = jnp.where(had > 0, weights, new).astype(old.weights.dtype)
-  # Beside tasks that are only away, they keep the room that they had.
+  # If other tasks are only absent, the active ones keep their share.
   away = jnp.any(old.seen & ~active)
   kept = jnp.where(away, weights / grown, weights)
   return weights, jnp.where(active, kept, old.weights).astype(old.weights.dtype)

@@ -14,12 +14,12 @@ from mtl_jax.transforms.contract import lifting
 
 
 class DbMtlMemory(NamedTuple):
-  """What `db_mtl` remembers.
+  """The memory of `db_mtl`.
 
   Attributes:
     tracked: tree of leaves [T, *shape], averages of the gradients of log
       losses.
-    updates: [T], how many updates each task has taken part in.
+    updates: [T], number of updates with each task.
   """
 
   tracked: Any
@@ -41,9 +41,9 @@ def db_mtl(
     y_i \leftarrow \beta_k y_i + (1 - \beta_k)\, g_i / L_i, \qquad
     d = \max_j |y_j| \sum_i \frac{y_i}{|y_i|}
 
-  where :math:`g_i / L_i` is the gradient of :math:`\log L_i` and
-  :math:`\beta_k = \beta / k^{b}` in the k-th update of a task. Its first
-  gradient begins the average.
+  where :math:`g_i / L_i` is the gradient of :math:`\log L_i` and :math:`\beta_k
+  = \beta / k^{b}` in the k-th update with a task. The average starts with its
+  first gradient.
 
   Scale: the sum of T gradients of log losses, so T / L for T equal tasks of
   loss L; the update grows as losses fall. Degree of homogeneity: 1 in the
@@ -63,10 +63,10 @@ def db_mtl(
 
   Returns:
     An aggregator whose memory is a `DbMtlMemory`. Its `update` needs `losses`
-    [T], of which the absolute value counts; a loss of zero counts as 1. A task
+    [T] and takes their absolute values; a loss of zero counts as 1. A task
     whose average is zero has weight 0. The weights in its state are the
-    coefficients of the :math:`y_i`. Heads, which follow the log losses in the
-    paper too, are left to the caller.
+    coefficients of the :math:`y_i`. In the paper the heads also follow the log
+    losses; here they are up to the caller.
 
   Raises:
     ValueError: for an argument outside its range; at `update` without `losses`.

@@ -63,19 +63,19 @@ def excess_mtl(
 
   Args:
     step_size: :math:`\eta`, positive.
-    warmup: number of first updates of a task over which :math:`E_i^0` is the
-      mean, at least 1 (the authors' code; the paper takes three epochs). In
-      them a task counts as if its risk were the baseline: tasks that begin
-      together keep equal weights.
+    warmup: number of first updates with a task over which :math:`E_i^0` is the
+      mean, at least 1 (the authors' code; the paper takes three epochs). During
+      them a task's risk counts as the baseline: tasks that begin together keep
+      equal weights.
     num_tasks: T; needed at `init`, by hand or from a wrapper.
     axis_name: see `from_gram`.
     reduce: see `from_gram`.
     shard_axis: see `from_gram`.
 
   Returns:
-    An aggregator whose memory is an `ExcessMtlMemory`. A coordinate in which a
-    task has had no gradient yet adds nothing to its risk; a task whose baseline
-    is zero counts as if its risk stayed there.
+    An aggregator whose memory is an `ExcessMtlMemory`. A coordinate without any
+    gradient so far adds nothing to a task's risk; a task whose baseline is zero
+    counts as if its risk stayed there.
 
   Raises:
     ValueError: for an argument outside its range.
@@ -132,7 +132,7 @@ def excess_mtl(
     moved = old.log_weights + step_size * jnp.minimum(relative, _LARGEST)
     # The exponent of an absent task is its weight of zero.
     log_weights = jax.nn.log_softmax(jnp.where(active, moved, -jnp.inf))
-    # What absent tasks leave to the others, of a sum of one.
+    # The share that absent tasks leave to the others; all sum to one.
     room = jax.nn.logsumexp(jnp.where(active, old.log_weights, -jnp.inf))
     room = jnp.where(jnp.all(active), 0, room)
     weights = jnp.where(active, jnp.exp(log_weights), 0)

@@ -28,23 +28,24 @@ def fairgrad(
   Small alpha tends to the sum of the task gradients, 1 is `nash_mtl` and large
   alpha tends to the direction along which the worst task gains most.
 
-  Scale: that of the sum of the task gradients, which the update is for equal
-  ones. Degree of homogeneity: 1, for G is divided by its Frobenius norm. That
-  is ours; `scale='paper'` solves for G itself, as the paper and its authors'
-  code do, and its degree is :math:`(1 - \alpha) / (1 + \alpha)`.
-  For alpha above 1 tasks with short gradients weigh more, and if lengths differ
-  much the update is many times longer than any of them. A task whose gradient
-  is zero has no say. Where zero is in the convex hull of the gradients there is
-  no fair share: the update is then some finite one, and the residual is large.
+  Scale: a sum; for equal task gradients the update is their sum. Degree of
+  homogeneity: 1, because G is divided by its Frobenius norm. This division is
+  an addition here; `scale='paper'` solves for G itself, as the paper and its
+  authors' code do, and its degree is :math:`(1 - \alpha) / (1 + \alpha)`. For
+  alpha above 1 tasks with short gradients weigh more, and if lengths differ
+  much the update is many times longer than any of them. A task with a zero
+  gradient has no influence. If zero is in the convex hull of the gradients,
+  there is no fair share: the update is then an arbitrary finite one, and the
+  residual is large.
 
   The authors' code multiplies the update of the shared parameters by the number
   of tasks and then clips it at the norm 1; heads keep the gradients of their
   own losses. LibMTL does neither and weighs the losses, heads included.
 
   Args:
-    alpha: which fairness, positive. The authors run 2 in their scripts, 1 is
-      the default of their code.
-    scale: `'norm'`, or `'paper'` for the Gram matrix as it is.
+    alpha: the kind of fairness, positive. The authors run 2 in their scripts;
+      the default of their code is 1.
+    scale: `'norm'`, or `'paper'` for the undivided Gram matrix.
     num_tasks: T, to have weights, Gram matrix and residual in the state.
     axis_name: see `from_gram`.
     reduce: see `from_gram`.

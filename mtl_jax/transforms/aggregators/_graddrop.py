@@ -25,7 +25,7 @@ def graddrop(
   r"""Gradient sign dropout (GradDrop).
 
   Every coordinate draws a sign, and values of the other sign are dropped. The
-  positive one comes with the probability
+  positive sign has the probability
 
   .. math::
     P = \frac{1}{2} \Big(1 + \frac{\sum_i g_i}{\sum_i |g_i|}\Big), \qquad
@@ -34,16 +34,16 @@ def graddrop(
   where :math:`M_i` is 1 where :math:`g_i` has the drawn sign and 0 elsewhere,
   and :math:`\ell_i` is the leak.
 
-  Scale: a sum. Degree of homogeneity: 1. It has no weights: every coordinate
-  has others. In the paper the gradients are those of features; this takes
-  whatever it is given.
+  Scale: a sum. Degree of homogeneity: 1. It has no task weights, because they
+  differ by coordinate. The paper uses gradients with respect to features; this
+  takes any gradients.
 
   Args:
-    leak: how much of a dropped value stays, from 0 to 1; one number or one a
-      task [T].
+    leak: the fraction of a dropped value that stays, from 0 to 1; one number or
+      one a task [T].
     seed: an int or a key. Leaf k of the gradients draws from
       `jax.random.fold_in(key, k)` with a fresh key at every update; under
-      `shard_axis` the shard's index is folded in too.
+      `shard_axis` the shard's index is also folded in.
     num_tasks: T, to have the Gram matrix in the state.
     axis_name: see `from_gram`.
     reduce: see `from_gram`.
@@ -91,7 +91,7 @@ def graddrop(
       draws = jax.random.uniform(
         jax.random.fold_in(key, number), purity.shape, wide.dtype
       )
-      # Draws lie in [0, 1): a sign that no task has never comes.
+      # Draws lie in [0, 1): a sign that no task has is never drawn.
       same = jnp.where(draws < purity, wide > 0, wide < 0)
       leaked = jnp.broadcast_to(jnp.asarray(leaks, wide.dtype), size)
       kept = jnp.where(same, 1, algebra.row(leaked, leaf))

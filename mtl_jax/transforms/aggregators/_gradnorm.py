@@ -13,7 +13,7 @@ from mtl_jax.transforms.contract import gram_based
 
 
 class GradNormMemory(NamedTuple):
-  """What `gradnorm` remembers.
+  """The memory of `gradnorm`.
 
   Attributes:
     shares: [T], the learned weights over T, on the simplex.
@@ -46,7 +46,7 @@ def gradnorm(
     \bar{G} = \frac{1}{T} \sum_j w_j |g_j|, \quad
     r_i = \frac{L_i / L_i^0}{\frac{1}{T} \sum_j L_j / L_j^0}
 
-  with the targets held fixed, and are brought to the sum T again.
+  with the targets held fixed. They are then rescaled to the sum T.
 
   Scale: weights with the sum T, so the first update is the sum. Degree of
   homogeneity: 1; with `scale='paper'` the step of the weights grows with the
@@ -66,8 +66,8 @@ def gradnorm(
   Returns:
     An aggregator whose memory is a `GradNormMemory`. Its `update` needs
     `losses` [T]; a task whose first loss is not positive counts as if it stayed
-    there. Weights do not fall below zero. The paper looks at the last shared
-    layer alone; here the lengths are of all shared parameters.
+    there. Weights do not fall below zero. The paper takes lengths in the last
+    shared layer only; here they are over all shared parameters.
 
   Raises:
     ValueError: for an argument outside its range; at `update` without `losses`.
@@ -129,7 +129,7 @@ def gradnorm(
     norms = weights * lengths
     target = mean(norms) * rate**alpha
     off = norms - target
-    # Equal up to the rounding of a mean is equal: there is no slope.
+    # Lengths that differ only by the rounding of a mean have no slope.
     rounding = 4 * jnp.finfo(dtype).eps * target
     slope = jnp.where(jnp.abs(off) > rounding, jnp.sign(off), 0) * lengths
     if scale == 'relative':

@@ -10,11 +10,11 @@ from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import gram_based
 from mtl_jax.transforms.solvers import simplex
 
-# To turn a gradient into the direction of another takes infinitely much of it;
-# for this cosine it takes some 70 times its length.
+# Turning a gradient into another's direction takes an infinite multiple of the
+# latter; this cosine takes some 70 times its length.
 _LARGEST_TARGET = 0.9999
-# A shorter sum of gradients, relative to its terms, is rounding and points
-# nowhere.
+# A sum of gradients that is shorter relative to its terms is rounding and has
+# no direction.
 _SHORTEST = 1e-3
 
 
@@ -30,9 +30,9 @@ def gradvac(
   r"""Gradient vaccine (GradVac).
 
   Each task gradient meets the others, one after the other in random order.
-  Where its cosine :math:`\phi_{ij}` with :math:`g_j` is below a target, it gets
-  as much of :math:`g_j` as brings the cosine to the target; the target is a
-  moving average of the cosines that were met:
+  Where its cosine :math:`\phi_{ij}` with :math:`g_j` is below a target, a
+  multiple of :math:`g_j` is added that brings the cosine to the target. The
+  target is a moving average of the cosines that were met:
 
   .. math::
     p_i \leftarrow p_i + |p_i| \,
@@ -48,13 +48,13 @@ def gradvac(
 
   Scale: the sum over tasks, as in the paper's Algorithm 1. Degree of
   homogeneity: 1. Pairs with an absent task or a zero gradient do not meet and
-  keep their target. A target above 0.9999 counts as that.
+  keep their target. A target above 0.9999 counts as 0.9999.
 
   Args:
     beta: share of the last cosine in the moving average, from 0 to 1.
-    seed: an int or a key; the order is drawn anew for every task at every
-      update. With two tasks there is nothing to draw.
-    num_tasks: T, of which the state keeps the targets [T, T]; needed at `init`.
+    seed: an int or a key; the order is drawn for every task at every update.
+      With two tasks there is nothing to draw.
+    num_tasks: T; needed at `init`, since the state keeps the targets [T, T].
     axis_name: see `from_gram`.
     reduce: see `from_gram`.
     shard_axis: see `from_gram`.

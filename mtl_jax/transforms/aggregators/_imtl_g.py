@@ -9,8 +9,8 @@ from mtl_jax.transforms.contract import gram_based
 from mtl_jax.transforms.solvers import simplex
 
 # Eigenvalues of the matrix of cosines below this, times the number of tasks,
-# are rounding of linearly dependent gradients; so are inner products of unit
-# gradients with their sum that are all below this.
+# are rounding of linearly dependent gradients. So are inner products of unit
+# gradients with their sum if all of them are below this.
 _RANK_TOLERANCE = 1e-5
 
 
@@ -21,7 +21,7 @@ def imtl_g(
   reduce: str = 'mean',
   shard_axis: Hashable | None = None,
 ) -> aggregation.Aggregator:
-  r"""Impartial multi-task learning, the part that weighs gradients (IMTL-G).
+  r"""Impartial multi-task learning, the gradient-weighting part (IMTL-G).
 
   The combination whose projections on all task gradients are equally long:
 
@@ -31,12 +31,12 @@ def imtl_g(
 
   that is :math:`w_i \propto (C^{+} \mathbf{1})_i / |g_i|` with the
   pseudo-inverse of the matrix C of cosines. It equals the paper's closed form
-  where gradients are linearly independent, and goes on where they are not.
+  for linearly independent gradients, and also handles dependent ones.
 
   Scale: weights sum to 1 and may be negative. Degree of homogeneity: 1. Tasks
-  with a zero gradient have no direction and are left out. Where the weights
-  cannot sum to 1, or the unit gradients sum to zero (tasks cancel), the update
-  is zero.
+  with a zero gradient have no direction and are ignored. If the weights cannot
+  sum to 1, or the unit gradients sum to zero (tasks cancel), the update is
+  zero.
 
   Args:
     num_tasks: T, to have weights and Gram matrix in the state.
@@ -77,7 +77,7 @@ def imtl_g(
     total = jnp.sum(unnormalised)
     largest = jnp.max(jnp.abs(unnormalised))
     there = jnp.abs(total) > _RANK_TOLERANCE * largest
-    # Ones are orthogonal to all that is kept where unit gradients cancel.
+    # If unit gradients cancel, ones are orthogonal to all kept directions.
     there &= jnp.max(jnp.abs(cos @ ones)) > _RANK_TOLERANCE
     return jnp.where(there, unnormalised / jnp.where(there, total, 1), 0)
 

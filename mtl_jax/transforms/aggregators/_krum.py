@@ -29,8 +29,8 @@ def krum(
   :math:`g_i`, and S are the m tasks with the smallest scores. Tasks with equal
   scores are taken in their order.
 
-  Distances come from the Gram matrix: between gradients that differ by less
-  than a thousandth of their length little is left of them in float32.
+  Distances come from the Gram matrix: in float32 they lose most digits for
+  gradients that differ by less than a thousandth of their length.
 
   Scale: a mean. Degree of homogeneity: 1. With fewer active tasks than 2 f + 3
   or m it is the mean of the active ones.
@@ -63,7 +63,7 @@ def krum(
   """
   arguments.check_count('num_byzantine', num_byzantine, 0)
   arguments.check_count('num_selected', num_selected)
-  # Where nobody is to be outvoted a mean is as good.
+  # With nobody to outvote, a mean is as good.
   refused = num_selected
   if num_byzantine:
     refused = max(2 * num_byzantine + 3, num_selected)
@@ -96,7 +96,7 @@ def krum(
 def _weights(
   gram: jax.Array, active: jax.Array, num_byzantine: int, num_selected: int
 ) -> jax.Array:
-  """The weights [T]; those of the mean for too few active tasks."""
+  """The weights [T]; the mean's weights for too few active tasks."""
   size, count = gram.shape[0], jnp.sum(active)
   squares = jnp.diagonal(gram)
   distances = squares[:, None] + squares[None, :] - 2 * gram

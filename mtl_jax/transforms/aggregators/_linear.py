@@ -23,8 +23,8 @@ def linear(
   .. math:: d = \sum_i w_i g_i
 
   Scale: the mean of the task gradients, or the given weighted sum. Degree of
-  homogeneity: 1. Absent tasks drop out of the mean; given weights of the
-  others stay as they are.
+  homogeneity: 1. Absent tasks drop out of the mean; given weights of the others
+  do not change.
 
   Args:
     weights: [T], non-negative and not all zero; None for the mean.
@@ -34,8 +34,8 @@ def linear(
     shard_axis: see `from_gram`.
 
   Returns:
-    An aggregator. `shared_only` multiplies heads by the task's weight too, so
-    that equal weights are the gradient of the mean loss.
+    An aggregator. `shared_only` also multiplies heads by the task's weight, so
+    that equal weights give the gradient of the mean loss.
 
   Raises:
     ValueError: for negative, non-finite or all-zero weights, or of a length

@@ -28,13 +28,13 @@ def mgda(
 
   Scale: weights on the simplex. Degree of homogeneity: 1. A task whose gradient
   is zero makes the update zero (it is optimal, and any move may harm it); pass
-  `active` where it is only absent.
+  `active` if it is only absent.
 
   Args:
     normalization: the divisor :math:`n_i` of each task gradient in the search
       for the weights: `'none'` (1), `'l2'` (:math:`|g_i|`), `'loss'`
       (:math:`L_i`) or `'loss+'` (:math:`L_i |g_i|`). The weights apply to the
-      gradients as they are, as in the code of Sener and Koltun.
+      undivided gradients, as in Sener and Koltun's code.
     num_tasks: T, to have weights, Gram matrix and residual in the state.
     axis_name: see `from_gram`.
     reduce: see `from_gram`.
@@ -75,7 +75,7 @@ def mgda(
         raise ValueError(
           f'mgda(normalization={normalization!r}) needs losses at update'
         )
-      # A task whose loss is zero has nothing to be normalised by.
+      # A loss of zero cannot normalise its task.
       size = jnp.abs(losses).astype(gram.dtype)
       scale = scale * jnp.where(size > 0, size, 1)
     gram = gram / scale[:, None] / scale[None, :]

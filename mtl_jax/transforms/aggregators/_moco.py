@@ -16,12 +16,12 @@ from mtl_jax.transforms.solvers import simplex
 
 
 class MocoMemory(NamedTuple):
-  """What `moco` remembers.
+  """The memory of `moco`.
 
   Attributes:
     tracked: tree of leaves [T, *shape], the tracked gradients.
     weights: [T], on the simplex.
-    updates: [T], how many updates each task has taken part in.
+    updates: [T], number of updates with each task.
   """
 
   tracked: Any
@@ -44,8 +44,8 @@ def moco(
 ) -> aggregation.Aggregator:
   r"""Multi-objective gradient correction (MoCo).
 
-  A moving average of each task's gradients, whose noise dies out, and one
-  projected step of the weights on its Gram matrix a update:
+  A moving average of each task's gradients, whose noise dies out, and in each
+  update one projected step of the weights on its Gram matrix:
 
   .. math::
     y_i \leftarrow y_i + \beta_k (g_i - y_i), \qquad
@@ -53,8 +53,8 @@ def moco(
     \qquad d = \sum_i w_i y_i
 
   with :math:`\beta_k = \beta / k^{b}` and :math:`\gamma_k = \gamma / k^{c}` in
-  the k-th update of a task (:math:`\gamma_k` of the task that has had most).
-  Its first gradient begins the average.
+  the k-th update with a task (for :math:`\gamma_k`, the task with the most).
+  The average starts with its first gradient.
 
   Scale: weights on the simplex. Degree of homogeneity: 1 in the gradients of
   this and the earlier updates together; with `scale='paper'` the step of the
@@ -78,7 +78,7 @@ def moco(
 
   Returns:
     An aggregator whose memory is a `MocoMemory`. The weights in its state are
-    the coefficients of the tracked gradients, not of those of this update.
+    the coefficients of the tracked gradients, not of this update's gradients.
 
   Raises:
     ValueError: for an argument outside its range.

@@ -26,8 +26,8 @@ def modo(
 ) -> aggregation.Aggregator:
   r"""Multi-objective gradient descent with double sampling (MoDo).
 
-  One projected step of the weights a update, unbiased because the two factors
-  of every inner product come from independent batches:
+  One projected step of the weights in each update. It is unbiased because the
+  two factors of every inner product come from independent batches:
 
   .. math::
     w \leftarrow \Pi_\Delta\big(w - \gamma (M + \rho I)\, w\big), \quad
@@ -108,6 +108,6 @@ def modo(
     num_tasks=num_tasks,
     axes=aggregation.Axes(axis_name, reduce, shard_axis),
     extra_batches=2 if batches == 'three' else 1,
-    # With two batches the update is no sum of the task gradients alone.
+    # With two batches the update also contains other gradients.
     weights='gradients' if batches == 'three' else 'tracked',
   )

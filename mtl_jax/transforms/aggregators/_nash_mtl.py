@@ -18,21 +18,22 @@ def nash_mtl(
 ) -> aggregation.Aggregator:
   r"""Nash bargaining over the direction of the update (Nash-MTL).
 
-  The direction that the tasks agree on, in a ball around no update, maximises
-  the sum of the logarithms of their gains :math:`\langle g_i, d \rangle`. With
-  the Gram matrix G it is
+  The direction on which the tasks agree, in a ball around zero, maximises the
+  sum of the logarithms of their gains :math:`\langle g_i, d \rangle`. With the
+  Gram matrix G it is
 
   .. math:: d = \sum_i a_i g_i, \qquad (G a)_i = 1 / a_i
 
-  Scale: that of the sum of the task gradients, which the update is for equal
-  ones. Degree of homogeneity: 1, for G is divided by its Frobenius norm. That
-  is ours. `scale='paper'` solves for G itself, as the paper does: the degree is
-  0 and the update has the length :math:`\sqrt{T}`, whatever the gradients'.
-  The authors' code does the same, for the norm by which it divides G stands in
-  its constraints again. The direction is the same for both scales and does not
-  depend on the lengths of the gradients. A task whose gradient is zero has no
-  say. Where zero is in the convex hull of the gradients there is no agreement:
-  the update is then some finite one, and the residual is large.
+  Scale: a sum; for equal task gradients the update is their sum. Degree of
+  homogeneity: 1, because G is divided by its Frobenius norm. This division is
+  an addition here. `scale='paper'` solves for G itself, as the paper does: the
+  degree is 0 and the update has the length :math:`\sqrt{T}` for any gradients.
+  The authors' code does the same, because the norm by which it divides G
+  appears again in its constraints. The direction is the same for both scales
+  and does not depend on the lengths of the gradients. A task with a zero
+  gradient has no influence. If zero is in the convex hull of the gradients,
+  there is no agreement: the update is then an arbitrary finite one, and the
+  residual is large.
 
   The authors' code weighs the losses, which scales heads by the weights
   (`shared_only(..., head_scale='weights')`). It then clips the gradient of the
@@ -40,8 +41,8 @@ def nash_mtl(
   longer, and it can keep the weights for some steps (`every`).
 
   Args:
-    scale: `'norm'`, or `'paper'` for the Gram matrix as it is. A method of
-      degree 0 has no place in `flat_minima`.
+    scale: `'norm'`, or `'paper'` for the undivided Gram matrix. Do not use a
+      method of degree 0 in `flat_minima`.
     num_tasks: T, to have weights, Gram matrix and residual in the state.
     axis_name: see `from_gram`.
     reduce: see `from_gram`.

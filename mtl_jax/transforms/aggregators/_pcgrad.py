@@ -33,8 +33,8 @@ def pcgrad(
 
   Args:
     reduction: `'sum'` or `'mean'` over tasks.
-    seed: an int or a key; the order of projections is drawn anew for
-      every task at every update. With two tasks there is nothing to draw.
+    seed: an int or a key; the order of projections is drawn for every task at
+      every update. With two tasks there is nothing to draw.
     num_tasks: T, to have weights and Gram matrix in the state.
     axis_name: see `from_gram`.
     reduce: see `from_gram`.

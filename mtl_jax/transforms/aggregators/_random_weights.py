@@ -24,7 +24,7 @@ def random_weights(
     d = \sum_i w_i g_i, \qquad w = \mathrm{softmax}(z), \quad
     z_i \sim \mathcal{N}(0, 1)
 
-  drawn anew at every update; the mean gradient in expectation.
+  drawn at every update; the mean gradient in expectation.
 
   Scale: weights on the simplex. Degree of homogeneity: 1.
 

@@ -39,10 +39,9 @@ def sdmgrad(
     \Big|\sum_i (w_i + \lambda \tilde w_i) \, g_i\Big|^2
 
   The weights are kept from update to update and move by S projected steps with
-  momentum, :math:`v \leftarrow m v + M (w + \lambda \tilde w)` and
-  :math:`w \leftarrow \Pi_\Delta(w - \eta v)`. Where
-  :math:`M_{ij} = \langle g_i(\xi), g_j(\xi') \rangle` comes from two batches
-  other than that of the update, the steps are unbiased.
+  momentum, :math:`v \leftarrow m v + M (w + \lambda \tilde w)` and :math:`w
+  \leftarrow \Pi_\Delta(w - \eta v)`. Where :math:`M_{ij} = \langle g_i(\xi),
+  g_j(\xi') \rangle` comes from two further batches, the steps are unbiased.
 
   Scale: weights on the simplex plus :math:`\lambda` times the preference, so
   :math:`1 + \lambda` times that of the mean gradient. Degree of homogeneity: 1;
@@ -57,10 +56,10 @@ def sdmgrad(
       stacks, from which the weights are found) or `'single'` (the task
       gradients themselves, as in the authors' code for reinforcement learning).
     inner_steps: S, at least 1.
-    learning_rate: :math:`\eta`. The authors' 10 (LibMTL: 5) is past what
-      converges: the weights then jump between corners of the simplex and depend
+    learning_rate: :math:`\eta`. The authors' 10 (LibMTL: 5) is too large to
+      converge: the weights then jump between corners of the simplex and depend
       on rounding.
-    momentum: m, in [0, 1). It begins anew at every update, as in the authors'
+    momentum: m, in [0, 1). It restarts at every update, as in the authors'
       code; the paper has none.
     scale: `'relative'` (M is divided by the square of the mean root of its
       diagonal, negative entries counting as zero, as the authors' code does) or
@@ -81,7 +80,7 @@ def sdmgrad(
       number of `extra_grads`.
 
   Examples:
-    In one batch; (0.6, 0.4) is the least-norm point.
+    With a single batch; (0.6, 0.4) is the least-norm point.
 
     >>> import jax.numpy as jnp, mtl_jax
     >>> task_grads = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])

@@ -10,7 +10,7 @@ def start(num_tasks: int, dtype) -> jax.Array:
 
 
 def share(weights: jax.Array, active: jax.Array) -> jax.Array:
-  """What the active tasks have of the weights, brought to the sum 1.
+  """The weights of the active tasks, rescaled to the sum 1.
 
   Args:
     weights: [T], not negative.
@@ -26,18 +26,18 @@ def share(weights: jax.Array, active: jax.Array) -> jax.Array:
 
 
 def keep(old: jax.Array, new: jax.Array, active: jax.Array) -> jax.Array:
-  """New weights of the active tasks in the room that absent ones leave.
+  """New weights for the active tasks, within their old share.
 
   Args:
-    old: [T], the weights remembered, with the sum 1.
+    old: [T], the weights in memory, with the sum 1.
     new: [T], with the sum 1 over the active tasks.
     active: bool [T].
 
   Returns:
     [T], with the sum 1; those of absent tasks are `old`.
   """
-  # From the absent tasks and not from the active ones, so that the sum does not
-  # drift by rounding.
+  # Computed from the absent tasks instead of the active ones, so that rounding
+  # does not make the sum drift.
   room = jnp.maximum(1 - jnp.sum(jnp.where(active, 0, old)), 0)
   return jnp.where(active, room * new, old)
 
@@ -59,5 +59,5 @@ def relative(inner: jax.Array, active: jax.Array) -> jax.Array:
   )
   inverse = jnp.where(mean > 0, 1 / jnp.where(mean > 0, mean, 1), 0)
   both = active[:, None] & active[None, :]
-  # Twice, for the square of a mean length can leave float32.
+  # Divided twice, because the square of a mean length can leave float32.
   return jnp.where(both, inner, 0) * inverse * inverse

@@ -23,10 +23,10 @@ def start(num_tasks: int, params: Any) -> Any:
 
 
 def check(tracked: Any, task_grads: Any) -> None:
-  """Raises unless gradients are of the parameters the state was made for.
+  """Raises unless gradients match the parameters of the state.
 
-  Where `update` is called without the parameters nothing else compares them,
-  and gradients of another shape would be broadcast.
+  If `update` is called without the parameters, nothing else compares them and
+  gradients with another shape would be broadcast.
   """
   ours: Any = jax.tree.structure(tracked)
   theirs: Any = jax.tree.structure(task_grads)
@@ -48,8 +48,8 @@ def check(tracked: Any, task_grads: Any) -> None:
 
 
 def count_of(count: jax.Array, active: jax.Array) -> jax.Array:
-  """How many updates each task has taken part in, this one included."""
-  # It stands still before it overflows.
+  """Number of updates with each task, including this one."""
+  # It stops before it overflows.
   more = active & (count < jnp.iinfo(count.dtype).max)
   return count + more.astype(count.dtype)
 
@@ -66,15 +66,15 @@ def follow(
   Args:
     tracked: tree of leaves [T, *shape].
     task_grads: tree of leaves [T, *shape].
-    step: [T], the share of the way; 1 replaces what was tracked.
-    active: bool [T]; rows of absent tasks stay as they are.
+    step: [T], the share of the way; 1 replaces the tracked gradient.
+    active: bool [T]; rows of absent tasks do not change.
     factors: [T]; ones if None.
 
   Returns:
     Tree like `tracked`.
 
   Raises:
-    ValueError: for gradients of other parameters.
+    ValueError: for gradients that do not match the parameters.
   """
   check(tracked, task_grads)
 
@@ -89,14 +89,14 @@ def follow(
 
 
 def gram(tracked: Any, active: jax.Array, axes: aggregation.Axes) -> jax.Array:
-  """Gram matrix [T, T] of what is tracked; zeros for absent tasks."""
-  # Masked here, for zeros in the rows of the stack would take a copy of it.
+  """Gram matrix [T, T] of the tracked gradients; zeros for absent tasks."""
+  # Masked here, because zeros in the stack's rows would take a copy of it.
   inner = algebra.gram(tracked, active.shape[0], axes)
   return jnp.where(active[:, None] & active[None, :], inner, 0)
 
 
 def weighted_sum(weights: jax.Array, tracked: Any, like: Any) -> Any:
-  """Sum [*shape] of what is tracked, in the dtypes of `like`."""
+  """Weighted sum [*shape] of tracked gradients, in the dtypes of `like`."""
   return jax.tree.map(
     lambda total, g: total.astype(g.dtype),
     algebra.weighted_sum(weights, tracked),

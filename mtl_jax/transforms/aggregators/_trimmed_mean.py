@@ -29,8 +29,8 @@ def trimmed_mean(
   Scale: a mean. Degree of homogeneity: 1. With no more than 2 b active tasks it
   is their mean. It has no weights: every coordinate has others.
 
-  Only what is finite is trimmed: a coordinate in which an active task has NaN
-  or an infinity is NaN, so that a run that diverges is seen.
+  Only finite values are trimmed. A coordinate in which an active task has NaN
+  or an infinity is NaN, so that a diverging run fails visibly.
 
   Args:
     trim: b, how many values are dropped at each end.
@@ -43,8 +43,8 @@ def trimmed_mean(
     An aggregator.
 
   Raises:
-    ValueError: for a negative `trim`, and a `num_tasks` of no more than twice
-      that.
+    ValueError: for a negative `trim`, and for a `num_tasks` of at most twice
+      `trim`.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -90,7 +90,7 @@ def _combine(given: lifting.Given, trim: int) -> lifting.Combined:
   def of_leaf(leaf):
     wide = leaf.astype(algebra.wide(leaf.dtype))
     active = algebra.row(given.active, leaf)
-    # Absent tasks come last, after all that is finite.
+    # Absent tasks come last, after all finite values.
     ordered = jnp.sort(jnp.where(active, wide, jnp.inf), axis=0)
     total = jnp.sum(jnp.where(algebra.row(kept, leaf), ordered, 0), axis=0)
     mean = total / jnp.maximum(count - 2 * cut, 1)

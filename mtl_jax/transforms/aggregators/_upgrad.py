@@ -21,21 +21,21 @@ def upgrad(
 ) -> aggregation.Aggregator:
   r"""Unconflicting projection of gradients (UPGrad).
 
-  Every task gradient is projected on the dual cone of all of them, which holds
-  the directions that conflict with no task, and the projections are averaged:
+  Every task gradient is projected on the dual cone of all gradients, which
+  holds the directions that conflict with no task. The projections are averaged:
 
   .. math::
     d = \sum_i p_i \, \pi(g_i), \qquad
     \pi(g) = \arg\min_x |x - g| \;\; \text{s.t.} \;\;
     \langle g_j, x \rangle \ge 0 \;\text{ for all } j
 
-  so that d conflicts with no task, and grows linearly with the length of any
-  one gradient.
+  Hence d conflicts with no task and grows linearly with the length of any one
+  gradient.
 
   Scale: the mean of the projections, or their sum weighted by the preference.
   Degree of homogeneity: 1. Tasks with a zero gradient bound nothing and count
-  in the mean. Absent tasks drop out of the mean; a given preference of the
-  others stays as it is. There is no regularisation, for with one the update
+  in the mean. Absent tasks drop out of the mean; a given preference for the
+  others does not change. There is no regularisation, because with it the update
   conflicts with tasks whose gradients are short.
 
   Args:

@@ -1,4 +1,4 @@
-"""Auto-Lambda: weights by the derivative of a look-ahead."""
+"""Auto-Lambda: weights from the derivative of a look-ahead."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ class AutoLambdaState(NamedTuple):
   """State of `auto_lambda`.
 
   Attributes:
-    lambdas: [T], what is learnt.
+    lambdas: [T], the learnt weights.
     task_weights: [T], weights of the last update: the lambdas, and zero for
       absent tasks.
     hypergradient: [T], the last derivative of the validation loss of the
@@ -34,7 +34,7 @@ class AutoLambdaState(NamedTuple):
   opt_state: Any
 
   def diagnostics(self) -> dict[str, jax.Array]:
-    """What there is to see; see `mtl_jax.diagnostics`."""
+    """The diagnostics; see `mtl_jax.diagnostics`."""
     return {
       'task_weights': self.task_weights,
       'hypergradient': self.hypergradient,
@@ -57,8 +57,8 @@ def auto_lambda(
 
   with L the losses on the training batch, V those on the validation batch and P
   the primary tasks. An optimizer moves the :math:`\lambda` down this
-  derivative; they are the weights. Nothing bounds them: that of a task which
-  harms the primary ones can become negative.
+  derivative; they are the weights. They are not bounded: a task that harms the
+  primary tasks can get a negative weight.
 
   The derivative is exact. The authors' code takes a central difference of the
   training losses along the validation gradient, and lets the look-ahead follow
@@ -76,21 +76,21 @@ def auto_lambda(
 
   Args:
     primary: indices of the tasks whose validation losses count; None for all.
-    initial: every lambda at first.
-    optimizer: of the lambdas; `optax.adam(1e-4)` if None.
+      initial: every lambda at first.
+    optimizer: for the lambdas; `optax.adam(1e-4)` if None.
 
   Returns:
     A `BilevelWeighting`.
 
   Raises:
-    ValueError: for primary tasks that are none, negative or named twice, for an
-      initial weight that is not positive; at `init` for a primary task that
+    ValueError: for no primary task, for a negative or repeated index, and for
+      an initial weight that is not positive; at `init` for a primary task that
       does not exist.
-    TypeError: for an optimizer that is none.
+    TypeError: for anything but an optax transformation as the optimizer.
 
   Examples:
-    Gradients of the losses at 0 are -1 and 1, that of the primary task at the
-    look-ahead, which is 0 too, is -1: the derivatives are -0.5 and 0.5.
+    Gradients of the losses at 0 are -1 and 1. The look-ahead is also 0, where
+    the primary task's gradient is -1: the derivatives are -0.5 and 0.5.
 
     >>> import jax.numpy as jnp, mtl_jax, optax
     >>> loss_fn = lambda params, batch: 0.5 * (params - batch) ** 2
@@ -155,7 +155,7 @@ def auto_lambda(
       (grads,) = pull_back(lambdas)
       return jnp.sum(valid(_bilevel.descend(params, grads, learning_rate)))
 
-    # The pull-back is linear in the lambdas, so that its transpose takes the
+    # The pull-back is linear in the lambdas, so its transpose takes the
     # validation gradient to all T inner products in one pass.
     hypergradient = jax.grad(look_ahead)(jnp.where(present, lambdas, 0))
     hypergradient = jnp.where(present, hypergradient, 0)

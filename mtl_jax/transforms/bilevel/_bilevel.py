@@ -1,9 +1,9 @@
 """Weightings that learn from a validation batch.
 
-They weigh the losses of the tasks so that a step on the training batch helps on
-the validation batch. What they have in common is here; each has a file of its
-own. None is an aggregator: they call the losses themselves, and cost more than
-one backward pass.
+They weigh the tasks' losses so that a step on the training batch helps on the
+validation batch. This module holds their common parts; each method has its own
+file. None is an aggregator: they evaluate the losses themselves and cost more
+than one backward pass.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def task_losses(
 
   Args:
     loss_fn: `(params, batch) -> losses [T]`.
-    batch: whatever `loss_fn` takes.
+    batch: the second argument of `loss_fn`.
     active: bool [T].
     dtype: of the result.
 

@@ -22,12 +22,12 @@ class ForumState(NamedTuple):
   """State of `forum`.
 
   Attributes:
-    logits: [T], what is learnt; their softmax weighs the training losses.
+    logits: [T], learnt; their softmax weighs the training losses.
     multipliers: [T], moving average of the multipliers of the validation
       losses, on the simplex.
     task_weights: [T], weights of the last update, the sum of the next two.
-    valid_weights: [T], their part that belongs to the validation losses.
-    train_weights: [T], their part that belongs to the training losses.
+    valid_weights: [T], the part for the validation losses.
+    train_weights: [T], the part for the training losses.
     residual: scalar, how far the multipliers of the last update are from the
       optimality conditions; see `Solution`.
     count: number of updates.
@@ -44,7 +44,7 @@ class ForumState(NamedTuple):
   opt_state: Any
 
   def diagnostics(self) -> dict[str, jax.Array]:
-    """What there is to see; see `mtl_jax.diagnostics`."""
+    """The diagnostics; see `mtl_jax.diagnostics`."""
     return {
       'task_weights': self.task_weights,
       'valid_weights': self.valid_weights,
@@ -61,7 +61,7 @@ def forum(
   beta: float | Callable[[jax.Array], Any] | None = None,
   optimizer: optax.GradientTransformation | None = None,
 ) -> bilevel_weighting.BilevelWeighting:
-  r"""Bilevel weights from first derivatives alone (FORUM).
+  r"""Bilevel weights from first derivatives only (FORUM).
 
   With the training losses L, the validation losses V, the weighted training
   loss :math:`f(\alpha, \theta) = \sum_i \mathrm{softmax}(\alpha)_i
@@ -94,36 +94,35 @@ def forum(
   for an update on all examples together.
 
   Scale: the paper's, at least 1 in sum. Degree of homogeneity of the weighted
-  gradient: 1 with `normalization='none'`; of its validation part 0 with
-  `'l2'`, as in the authors' code. That code also drops the factor 1/2 from the
-  dual, so that it solves another problem than the one it stands for, adds 1e-8
-  to :math:`|q|^2`, and stops the inner steps at a loss above 1e5; none of this
-  is done here.
+  gradient: 1 with `normalization='none'`. With `'l2'`, as in the authors' code,
+  its validation part has degree 0. That code also drops the factor 1/2 from the
+  dual, so that it solves a different problem, adds 1e-8 to :math:`|q|^2`, and
+  stops the inner steps at a loss above 1e5; none of this is done here.
 
   Cost of `update`: S forward and backward passes and one forward pass of the
   training batch, one forward and T backward passes of the validation batch. The
-  ordinary update comes on top. Memory: T + 3 trees like the parameters, for all
-  validation gradients stand side by side, and the activations of two passes.
-  Nothing of that stays in the state: the lower level starts from the parameters
+  ordinary update comes on top. Memory: T + 3 trees like the parameters, because
+  all validation gradients are kept at once, and the activations of two passes.
+  None of this stays in the state: the lower level starts from the parameters
   every time.
 
   Args:
-    rho: rate at which the gap is to close.
+    rho: rate at which the gap should close.
     inner_steps: S, at least 1.
     normalization: :math:`n_k`: `'none'` (1, the paper) or `'l2'` (the length of
       the validation gradient, the authors' code).
     beta: weight of the newest multipliers in their moving average, in [0, 1],
-      or an optax schedule of the number of updates; None for
-      (count + 1)^(-3/4), the authors' with epochs in place of updates.
-    optimizer: of the logits; `optax.adam(1e-3)` if None.
+      or an optax schedule of the number of updates; None for (count +
+      1)^(-3/4), which is the authors' with updates instead of epochs.
+    optimizer: for the logits; `optax.adam(1e-3)` if None.
 
   Returns:
-    A `BilevelWeighting`; `learning_rate` is that of the inner steps.
+    A `BilevelWeighting`; its `learning_rate` is for the inner steps.
 
   Raises:
     ValueError: for a `rho` that is not positive, no inner step, another
       normalization, or a `beta` outside [0, 1].
-    TypeError: for an optimizer that is none.
+    TypeError: for anything but an optax transformation as the optimizer.
 
   Examples:
     Both gradients at 0 are (-1, -3). One inner step leads to 1, where losses
@@ -222,7 +221,7 @@ def forum(
       rho=rho,
     )
     found = constrained.least_worst(gram, constraint, present)
-    # What is not finite has no solution; it would stay in the mean for ever.
+    # Non-finite values have no solution; they would stay in the mean for ever.
     finite = (
       jnp.isfinite(constraint.square)
       & jnp.all(jnp.isfinite(constraint.inner))
@@ -230,7 +229,7 @@ def forum(
     )
     found = found._replace(weights=jnp.where(finite, found.weights, jnp.nan))
 
-    # The part of the simplex that active tasks share is theirs to divide.
+    # The active tasks divide their own share of the simplex.
     held = jnp.where(present, state.multipliers, 0)
     mass = jnp.sum(held)
     held = jnp.where(mass > 0, held / jnp.where(mass > 0, mass, 1), 0)

@@ -25,12 +25,13 @@ class MomlState(NamedTuple):
   """State of `moml`.
 
   Attributes:
-    logits: [T], what is learnt.
-    task_weights: [T], weights of the last update: the softmax of the logits of
-      active tasks, and zero for absent ones.
+    logits: [T], learnt.
+    task_weights: [T], weights of the last update: the softmax over the active
+      tasks' logits, and zero for absent tasks.
     objective_weights: [T], the last least-norm weights of the validation
       losses.
-    residual: scalar, how far they are from optimal; see `Solution`.
+    residual: scalar, how far `objective_weights` are from optimal; see
+      `Solution`.
     opt_state: state of the optimizer of the logits.
   """
 
@@ -41,7 +42,7 @@ class MomlState(NamedTuple):
   opt_state: Any
 
   def diagnostics(self) -> dict[str, jax.Array]:
-    """What there is to see; see `mtl_jax.diagnostics`."""
+    """The diagnostics; see `mtl_jax.diagnostics`."""
     return {
       'task_weights': self.task_weights,
       'objective_weights': self.objective_weights,
@@ -68,8 +69,8 @@ def moml(
   look-ahead step.
 
   Hypergradients are orthogonal to (1, ..., 1). With two tasks they lie on one
-  line: where they point in opposite directions their least-norm point is zero,
-  and the weights only drift on by the optimizer's momentum.
+  line: if they point in opposite directions, their least-norm point is zero and
+  the weights only drift with the optimizer's momentum.
 
   Scale: weights on the simplex. The optimizer, Adam by default, hardly sees the
   scale of the losses: the weighted gradient has degree of homogeneity 1.
@@ -78,22 +79,22 @@ def moml(
   forward pass of the validation batch, and for each of the T tasks a backward
   pass of the validation batch and a pass through the training batch that is as
   long as one. The ordinary update comes on top. Memory: four trees like the
-  parameters, since tasks come one after the other, and the activations of two
-  passes.
+  parameters, because tasks are handled one after the other, and the activations
+  of two passes.
 
   Args:
-    normalization: what divides a hypergradient in the search for
+    normalization: the divisor of a hypergradient in the search for
       :math:`\gamma`: `'none'` (1, the paper), `'l2'` (its length) or `'loss'`
-      (its validation loss), both in the authors' code. The
-      :math:`\gamma` apply to the hypergradients as they are.
-    optimizer: of the logits; `optax.adam(1e-3)` if None.
+      (its validation loss), both in the authors' code. The :math:`\gamma` apply
+      to the undivided hypergradients.
+    optimizer: for the logits; `optax.adam(1e-3)` if None.
 
   Returns:
     A `BilevelWeighting`.
 
   Raises:
     ValueError: for another normalization.
-    TypeError: for an optimizer that is none.
+    TypeError: for anything but an optax transformation as the optimizer.
 
   Examples:
     Training gradients at 0 are -1 and -3, the look-ahead is 0.5, validation
@@ -155,7 +156,7 @@ def moml(
 
     moved, pull_logits = jax.vjp(look_ahead, logits)
     losses, pull_valid = jax.vjp(valid, moved)
-    # One validation gradient at a time, so that they never stand in a stack.
+    # One validation gradient at a time, so that they are never stacked.
     hypergradients = jax.lax.map(
       lambda task: pull_logits(pull_valid(task)[0])[0],
       jnp.eye(size, dtype=dtype),
@@ -165,7 +166,7 @@ def moml(
     gradient = found.weights @ hypergradients
     terms = found.weights @ jnp.max(jnp.abs(hypergradients), axis=1)
     there = jnp.max(jnp.abs(gradient)) > _RESOLUTION * terms
-    # One that is not finite stays, so that nothing is learnt from it.
+    # A non-finite gradient stays non-finite, so that nothing is learnt from it.
     gradient = jnp.where(there | ~jnp.isfinite(terms), gradient, 0)
     logits, opt_state = task_optimizer.step(
       adam, gradient, state.opt_state, logits, present
@@ -176,7 +177,7 @@ def moml(
     )
 
   def common_descent(rows, losses, present):
-    # Their common scale is no matter, and their squares could leave float32.
+    # Their common scale does not matter, and their squares could leave float32.
     largest = jnp.max(jnp.abs(rows))
     rows = rows / jnp.where(largest > 0, largest, 1)
     divisors = jnp.ones_like(losses)

@@ -10,7 +10,7 @@ from mtl_jax.transforms.solvers import simplex
 _SHORTEST = 1e-3
 # The same for two opposed gradients from c = 1 on. Below it the best worst gain
 # falls short by up to a quarter of this, in units of the ball's radius and the
-# shortest gradient; above it rounding of the weights would do as much.
+# shortest gradient. Above it rounding of the weights would cost the same.
 _SHORTEST_OF_TWO = 2e-3
 # Newton's result is taken below this residual; bisection halves the logarithm
 # of the multiplier this often.
@@ -32,8 +32,8 @@ def _multiplier(
     v: [T].
     cos: [T, T].
     c: scalar.
-    length: |g_w| where it is known better than the product of v tells; NaN
-      where it is not.
+    length: |g_w| if it is known more exactly than from the product of v;
+      otherwise NaN.
 
   Returns:
     Scalar, with the derivative of the product in either case.
@@ -48,7 +48,7 @@ def _multiplier(
 
 
 def _residual(v, cos, tilt, a, c, length=None) -> jax.Array:
-  """How far a slope lies below its share of the weighted mean of all."""
+  """Distance of a slope below its share of the weighted mean of all slopes."""
   slopes = tilt + _multiplier(v, cos, c, length) * (cos @ v)
   # a v = w: a task of length |g| may lie below the level by its share of it.
   shortfall = jnp.where(a > 0, v @ slopes * a - slopes, 0)
@@ -67,7 +67,7 @@ def _minimiser(cos, tilt, a, c) -> jax.Array:
   Returns:
     v [T].
   """
-  # A variable that is out has only a quadratic of its own.
+  # An excluded variable has only a separate quadratic.
   out = jnp.diag(jnp.where(a > 0, 0.0, 1.0)).astype(cos.dtype)
 
   def on_simplex(v):
@@ -127,12 +127,11 @@ def conflict_averse(
   with :math:`g_0` the mean of the active task gradients. The direction is
   :math:`g_0 + \mu g_w` with :math:`\mu = c |g_0| / |g_w|`.
 
-  Newton steps on this function converge in nearly all cases; where
-  gradients conflict so much that the optimum is close to its kink
-  :math:`g_w = 0` they may not. The same point also minimises
-  :math:`\langle g_w, g_0 \rangle + \frac{\mu}{2} |g_w|^2`, a quadratic
-  function, for one :math:`\mu`, and :math:`\mu |g_w|` grows with :math:`\mu`:
-  bisection finds it then.
+  Newton steps on this function converge in nearly all cases. They may fail if
+  gradients conflict so much that the optimum is close to the kink at :math:`g_w
+  = 0`. Bisection is used then: the same point also minimises the quadratic
+  function :math:`\langle g_w, g_0 \rangle + \frac{\mu}{2} |g_w|^2` for one
+  :math:`\mu`, and :math:`\mu |g_w|` grows with :math:`\mu`.
 
   Args:
     gram: [T, T].
@@ -144,9 +143,9 @@ def conflict_averse(
     lies below the weighted mean of all derivatives, relative to |g_0| times the
     task's length times (1 + c)), and the multiplier. In closed form for two
     tasks. A :math:`g_w` shorter than a thousandth of the shortest gradient is
-    rounding and counts as that long: the direction is then inside the ball. For
-    two tasks and c from 1 on it is the line through both gradients whose
-    distance from zero counts as two thousandths at least.
+    rounding and counts as having that length: the direction is then inside the
+    ball. For two tasks and c from 1 on, instead the distance between zero and
+    the line through both gradients counts as at least two thousandths.
   """
   lengths, cos, usable = simplex.cosines(gram, active)
   size = gram.shape[0]
@@ -169,8 +168,9 @@ def conflict_averse(
     v = usable.astype(gram.dtype)
   elif size == 2:
     # From c = 1 on the ball reaches zero, and g_w may vanish at the optimum of
-    # opposed tasks. Its direction is then rounding but for the part along their
-    # difference, which makes them gain the same and has to stay exact.
+    # opposed tasks. Its direction is then rounding, except for the part along
+    # their difference. That part makes them gain the same and has to stay
+    # exact.
     floor = jnp.where(c >= 1, _SHORTEST_OF_TWO * shortest, 0)
     weights, length = simplex.two_tasks(
       *jax.lax.stop_gradient((gram, tilt * lengths)), c, floor
@@ -186,7 +186,7 @@ def conflict_averse(
 
   mu = _multiplier(v, cos, c, length)
   slopes = tilt + mu * (cos @ v)
-  # Along v the slopes do not change, unless g_w is as short as rounding.
+  # The slopes do not change along v, unless g_w is as short as rounding.
   along = jnp.where(mu < c / _SHORTEST, mu / c, 0) * (cos @ v)
   matrix = cos - along[:, None] * along[None, :]
   level = jax.lax.stop_gradient(v @ slopes)

@@ -85,26 +85,26 @@ def dual_cone(
     coefficients: [K, T], non-negative; one combination a row.
 
   Returns:
-    The sum of all v [T], and the residual: for every task the inner products by
-    which the projections conflict with it, or miss being perpendicular to it
-    where some of it was added; relative to the length of the task and of the
-    sum, and of all tasks the largest. A sum shorter than a thousandth of its
-    terms is rounding and counts as that long.
+    The sum of all v [T], and the residual. It is the largest, over the tasks,
+    of the inner products by which the projections conflict with a task, or miss
+    being perpendicular to a task that was added, relative to the lengths of the
+    task and of the sum. A sum shorter than a thousandth of its terms is
+    rounding and counts as having that length.
   """
   lengths, cos, usable = simplex.cosines(gram, active)
-  # With gradients of length 1 and coefficients of up to 1 every problem is of
-  # one size; projection is homogeneous.
+  # Gradients of length 1 and coefficients of up to 1 give every problem the
+  # same scale; projection is homogeneous.
   terms = jnp.where(usable, lengths, 0)[None] * coefficients
   sizes = jax.lax.stop_gradient(jnp.max(terms, axis=1))
   units = terms / jnp.where(sizes > 0, sizes, 1)[:, None]
-  # A task that is out has nothing to add and meets no one.
+  # An excluded task adds nothing and meets no other.
   out = jnp.where(usable, 0, 1).astype(gram.dtype)
 
   def project(u):
     linear = cos @ u + out
     still, still_linear = jax.lax.stop_gradient((cos, linear))
     z = _nonnegative_quadratic(still, still_linear)
-    # Perpendicular to the tasks that were added, and no part of the others.
+    # Perpendicular to the added tasks, and without any part of the others.
     added = z > 0
     keep = added.astype(z.dtype)
     matrix = still * keep[:, None] * keep[None, :] + jnp.diag(1 - keep)

@@ -14,9 +14,9 @@ from mtl_jax.transforms.solvers import simplex
 # of the multiplier this often.
 _CONVERGED = 1e-5
 _HALVINGS = 22
-# Bisection takes a combination of gradients that is shorter than a hundredth of
-# the shortest gradient for none; this is the inverse. Less of the combination
-# would be left of float32's digits than is lost by that.
+# The inverse of a hundredth: bisection treats a combination of gradients that
+# is shorter than a hundredth of the shortest gradient as zero. A shorter one
+# has fewer correct digits in float32 than this loses.
 _LARGEST = 1e2
 # Eigenvalues of the matrix of cosines below this, times the number of tasks,
 # are rounding of linearly dependent gradients.
@@ -30,8 +30,8 @@ class Direction(NamedTuple):
     v: [T].
     p: scalar.
     q: scalar.
-    residual: scalar, how far a task gains less than the mean gain of tasks with
-      their weights v / |g|, relative to the task's length.
+    residual: scalar, how much less a task gains than the mean gain over tasks
+      with weights v / |g|, relative to the task's length.
   """
 
   v: jax.Array
@@ -41,13 +41,13 @@ class Direction(NamedTuple):
 
 
 class _Problem(NamedTuple):
-  """What stands still in the search.
+  """The constants of the search.
 
   Attributes:
-    a: [T], shortest length over each length; 0 for a task that is out.
-    matrix: [T + 1, T + 1], cosines of the task gradients and of their mean.
-    rows: [T + 1, T + 1], coordinates with those cosines. The length of a sum
-      that nearly cancels has four digits by them, and none by inner products.
+    a: [T], shortest length over each length; 0 for an excluded task. matrix: [T
+      + 1, T + 1], cosines of the task gradients and of their mean.
+    rows: [T + 1, T + 1], coordinates with those cosines. They give the length
+      of a sum that nearly cancels to four digits; inner products give none.
     along: cosine of half the opening angle.
     across: its sine.
   """
@@ -69,12 +69,11 @@ def worst_gain(
   .. math::
     \min_{w \in \Delta, \, \nu \ge 0} |g_w + \nu \hat g_0| - c \nu
 
-  and Newton's method in v = w |g| / shortest. Where the optimum is at or near
-  the kink of the norm, as for more tasks than dimensions, that fails. The same
-  point also minimises
-  :math:`\frac{\mu}{2} |g_w + \nu \hat g_0|^2 - c \nu` for one :math:`\mu`, and
-  the length of :math:`d = \mu (g_w + \nu \hat g_0)` grows with it: bisection
-  finds it then.
+  and Newton's method in v = w |g| / shortest. This fails if the optimum is at
+  or near the kink of the norm, as for more tasks than dimensions. Bisection is
+  used then: the same point also minimises :math:`\frac{\mu}{2} |g_w + \nu \hat
+  g_0|^2 - c \nu` for one :math:`\mu`, and the length of :math:`d = \mu (g_w + u
+  \hat g_0)` grows with it.
 
   Args:
     cos: [T, T], cosines of the task gradients; rows of zeros where a is 0.
@@ -83,7 +82,7 @@ def worst_gain(
     angle: half the opening angle of the cone in radians, with the cosine c.
 
   Returns:
-    the direction, given the length 1. It is in the cone whatever the residual.
+    the direction, with length 1. It is in the cone for any residual.
   """
   size = a.shape[0]
   matrix = jnp.block(
@@ -114,7 +113,7 @@ def worst_gain(
 
 
 def _linear(problem: _Problem) -> jax.Array:
-  """What is linear in (v, nu)."""
+  """The linear term in (v, nu)."""
   size = problem.a.shape[0]
   return jnp.zeros(size + 1, problem.a.dtype).at[-1].set(-problem.along)
 
@@ -124,9 +123,9 @@ def _minimise(
   derivatives: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
   nu: jax.Array | float,
 ) -> jax.Array:
-  """The v of a function of (v, nu) plus - c nu; starts at equal weights."""
+  """Minimises a function of (v, nu) less c nu; starts at equal weights."""
   a, linear = problem.a, _linear(problem)
-  # A variable that is out has only a quadratic of its own.
+  # An excluded variable has only a separate quadratic.
   out = jnp.append(jnp.where(a > 0, 0.0, 1.0), 0.0)
 
   def all_derivatives(z):
@@ -159,7 +158,7 @@ def _last_step(problem: _Problem, z: jax.Array) -> jax.Array:
 
 
 def _by_newton(problem: _Problem) -> tuple[jax.Array, jax.Array]:
-  """(v, nu), and how long the multiplier of the norm may be."""
+  """(v, nu), and an upper bound for the norm's multiplier."""
   z = _minimise(problem, lambda z: _of_norm(problem, z), 1.0)
   return z, jnp.asarray(jnp.inf, z.dtype)
 
@@ -189,7 +188,7 @@ def _by_bisection(problem: _Problem) -> tuple[jax.Array, jax.Array]:
 
 
 def _length(matrix: jax.Array, rows: jax.Array, v: jax.Array) -> jax.Array:
-  """Of a sum: its digits by coordinates, its derivative by inner products."""
+  """A sum's length: digits from coordinates, derivative from inner products."""
   length = jax.lax.stop_gradient(jnp.linalg.norm(v @ rows))
   square = v @ matrix @ v
   change = square - jax.lax.stop_gradient(square)
@@ -201,7 +200,7 @@ def _length(matrix: jax.Array, rows: jax.Array, v: jax.Array) -> jax.Array:
 def _direction(
   problem: _Problem, z: jax.Array, multiplier: jax.Array | float
 ) -> Direction:
-  """The best direction for the weights; a longer multiplier is not taken."""
+  """The best direction for the weights, with a bounded multiplier."""
   along, across = problem.along, problem.across
   rows = jax.lax.stop_gradient(problem.rows)
   a, units, mean = problem.a, rows[:-1], rows[-1]
@@ -216,8 +215,8 @@ def _direction(
   beside = units - tilt[:, None] * mean[None, :]
   side = _length(cos - jnp.outer(tilt, tilt), beside, v)
   inside = (side * along <= front * across) & (length > 0)
-  # Outside the cone it is on its surface, or inside where g_w hardly leaves the
-  # mean.
+  # If g_w is outside the cone, the direction is on its surface, or inside if
+  # g_w hardly leaves the mean.
   turned = jnp.minimum(across / jnp.where(side > 0, side, 1), multiplier)
   turned = jnp.where(side > 0, turned, 0)
   one = jnp.hypot(along, turned * side)

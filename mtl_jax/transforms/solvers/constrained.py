@@ -10,12 +10,12 @@ from mtl_jax.transforms.solvers import simplex
 
 
 class Constraint(NamedTuple):
-  """What the direction problem needs to know of the constraint's gradient q.
+  """The constraint's gradient q, as the direction problem needs it.
 
   Attributes:
     inner: [T], inner products of q with the validation gradients.
     square: scalar, |q|^2.
-    rho: rate at which the constraint is to fall.
+    rho: rate at which the constraint should fall.
   """
 
   inner: jax.Array
@@ -40,16 +40,16 @@ def least_worst(
 
   Args:
     gram: [T, T], inner products of the validation gradients.
-    constraint: what there is of q.
+    constraint: the constraint's gradient q.
     active: bool [T].
 
   Returns:
     weights [T], 0 for absent tasks, and the residual: how far the derivative by
-    a weight falls below the weighted mean of all, relative to the length of the
-    gradient times that of all terms of the sum.
+    a weight falls below the weighted mean of all derivatives, relative to the
+    length of the gradient times the length of all terms in the sum.
   """
   lengths, cos, usable = simplex.cosines(gram, active)
-  # A gradient of length zero has no scale of its own; it takes the shortest.
+  # A gradient of length zero has no scale, so it takes the shortest one.
   shortest = jnp.min(jnp.where(usable, lengths, jnp.inf))
   shortest = jnp.where(jnp.any(usable), shortest, 1)
   lengths = jnp.where(usable, lengths, shortest)
@@ -57,8 +57,8 @@ def least_worst(
   across = jnp.where(some, jnp.sqrt(jnp.where(some, constraint.square, 1)), 0)
   tilt = constraint.inner / lengths / jnp.where(across > 0, across, 1)
   reach = constraint.rho * across / shortest
-  # The variables are w |F| / shortest and nu |q| / shortest. One of an absent
-  # task has a quadratic of its own and no part in the sum of weights.
+  # The variables are w |F| / shortest and nu |q| / shortest. An absent task's
+  # variable has a separate quadratic and no part in the sum of weights.
   both = usable[:, None] & usable[None, :]
   own = jnp.diag(jnp.where(active, 0.0, 1.0)).astype(gram.dtype)
   cos = jnp.where(both, cos, 0)
@@ -69,8 +69,8 @@ def least_worst(
   a = jnp.append(jnp.where(active, shortest / lengths, 0), 0)
   # Without any task the sum of weights still needs a variable.
   a = jnp.where(jnp.any(active), a, jnp.ones_like(a).at[-1].set(0))
-  # The multiplier of q begins far above what it can be but for opposed q: from
-  # below, Newton's steps are too short there.
+  # The multiplier of q starts far above every value except those for an opposed
+  # q: Newton's steps from below are too short there.
   start = jnp.full_like(a, 1 / jnp.sum(a)).at[-1].set(10 * (1 + reach))
   still = jax.lax.stop_gradient((matrix, linear, a, start))
   derivatives = lambda v: (still[0] @ v + still[1], still[0])

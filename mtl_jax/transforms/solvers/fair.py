@@ -8,14 +8,14 @@ from mtl_jax.transforms.solvers import simplex
 
 SCALES = ('norm', 'paper')
 _ITERATIONS = 30
-# The line search tries a step of Newton's and its halves.
+# The line search tries a Newton step and its halves.
 _HALVINGS = 12
 # A weight falls at most by this factor of e in one step.
 _SHRINK = 3.0
 # A sum that is shorter than this share of its terms is rounding.
 _SHORTEST = 1e-3
-# An inner product is compared with its target relative to the target, or to
-# this share of the update's length if that is more.
+# The error of an inner product is relative to its target, or to this share of
+# the update's length if that is larger.
 _COSINE = 1e-2
 
 
@@ -34,23 +34,24 @@ def alpha_fair(
     \min_{a > 0} \; \tfrac{1}{2} a^\top G a - \sum_i \int a_i^{-s} da_i
 
   solved by Newton steps with a line search. It has a solution unless zero is in
-  the convex hull of the gradients; then the weights stop growing where their
-  sum is rounding, and the residual is large.
+  the convex hull of the gradients; then the weights stop growing when their sum
+  is rounding, and the residual is large.
 
   Args:
     gram: [T, T].
-    active: bool [T]; absent tasks, and those whose gradient is zero, have no
-      say and get weight 0.
+    active: bool [T]; absent tasks and tasks with a zero gradient get weight 0
+      and have no influence.
     alpha: positive.
     scale: `'norm'` solves for the Gram matrix divided by its Frobenius norm,
-      `'paper'` for the Gram matrix as it is.
+      `'paper'` for the undivided Gram matrix.
 
   Returns:
-    weights [T], positive, and the residual: how far an inner product of the
-    update with a task is from its target, relative to the target or to a
-    hundredth of the update's length; or how far a weight is from what its inner
-    product makes it, relative to the update's length. The smaller of the two
-    for each task, and the largest of those.
+    weights [T], positive, and the residual. A task has two errors: the distance
+    of its inner product with the update from the target, relative to the target
+    or to a hundredth of the update's length; and the distance of its weight
+    from the one that its inner product implies, relative to the update's
+    length. The smaller error counts for each task, and the residual is the
+    largest of these.
   """
   lengths, cos, usable = simplex.cosines(gram, active)
   s = 1 / alpha
@@ -61,7 +62,7 @@ def alpha_fair(
   squares = (share[:, None] * share[None, :] * cos) ** 2
   frobenius = jnp.sqrt(jnp.where(jnp.any(usable), jnp.sum(squares), 1))
   root = longest * jnp.sqrt(frobenius)
-  # One for a task that is out; its variable is alone and stays at one.
+  # One for an excluded task; its variable is separate and stays at one.
   lengths = jnp.where(usable, lengths / root, 1)
 
   # In b = length a: the update is a sum of b times unit gradients.
@@ -78,7 +79,7 @@ def alpha_fair(
 
 
 def _target(b, lengths, s):
-  """What the inner product with a unit gradient should be."""
+  """The target for the inner product with a unit gradient."""
   return jnp.exp(-s * (jnp.log(b) - jnp.log(lengths))) / lengths
 
 
@@ -87,8 +88,8 @@ def _residual(b, inner, target, lengths, usable, s):
   norm = jnp.sqrt(jnp.sum(jnp.where(usable, b * target, 0)))
   norm = jnp.where(norm > 0, norm, 1)
   missing = jnp.abs(inner - target) / jnp.maximum(target, _COSINE * norm)
-  # The same equation solved for the weight: one that is next to nothing may be
-  # far from its target in proportion.
+  # The same equation solved for the weight: a weight near zero may have a large
+  # relative error.
   gain = jnp.where(inner > 0, inner * lengths, 1)
   right = jnp.where(inner > 0, lengths * jnp.exp(-jnp.log(gain) / s), jnp.inf)
   missing = jnp.minimum(missing, jnp.abs(b - right) / norm)
@@ -103,7 +104,7 @@ def _fair_lengths(cos, lengths, usable, s, root):
     lengths: [T], of the task gradients, up to 1.
     usable: bool [T]; the others have a row of the identity and length 1.
     s: scalar.
-    root: what the lengths were divided by.
+    root: the divisor of the lengths.
 
   Returns:
     b [T], positive.
@@ -114,8 +115,8 @@ def _fair_lengths(cos, lengths, usable, s, root):
     0.01 * jnp.sqrt(info.max) / (cos.shape[0] * jnp.maximum(root, 1)),
     1e-8 * info.max * lengths,
   )
-  # What it would be for perpendicular gradients, times the factor at which the
-  # sum of all conditions holds.
+  # The solution for perpendicular gradients, times the factor at which the sum
+  # of all conditions holds.
   alone = lengths ** ((s - 1) / (s + 1))
   unit = alone / jnp.max(alone)
   square = jnp.maximum(unit @ cos @ unit, 1e-3 * (unit @ unit))
@@ -126,8 +127,8 @@ def _fair_lengths(cos, lengths, usable, s, root):
     slope = cos @ b - target
     move = -simplex.factorised(cos + jnp.diag(s * target / b))(slope) / b
 
-    # Along this arc b stays positive, and falls to nothing as fast as it must
-    # where alpha is large.
+    # Along this arc b stays positive, and falls to zero as fast as a large
+    # alpha requires.
     def moved(share):
       x = share * move
       factor = jnp.where(x < 0, jnp.exp(jnp.maximum(x, -_SHRINK)), 1 + x)
@@ -139,8 +140,8 @@ def _fair_lengths(cos, lengths, usable, s, root):
       return after > 0.3 * jnp.abs(change @ slope)
 
     tries = jax.vmap(moved)(0.5 ** jnp.arange(_HALVINGS, dtype=b.dtype))
-    # The first at which the function still falls, or hardly rises: it is convex
-    # and so has fallen on the way there.
+    # The first step at which the function still falls, or hardly rises: it is
+    # convex and so has fallen on the way there.
     too_far = jax.vmap(rises)(tries).at[-1].set(False)
     new = tries[jnp.argmin(too_far)]
     # The squared length of the update is b . target at the solution.

@@ -1,15 +1,14 @@
 """Small convex problems over the simplex, solved on the device.
 
-Every solver, here and in the files `_solvers_*`, is a fixed number of
-iterations of `jax.lax` code, so that it lives inside `jit`, `vmap` and `grad`
-without a callback to the host. They work on the *cosines* of the task
-gradients, not on their raw inner products: lengths that differ by orders of
-magnitude then cost no accuracy.
+Every solver in this package runs a fixed number of `jax.lax` iterations, so
+that it works inside `jit`, `vmap` and `grad` without a callback to the host.
+The solvers use the *cosines* of the task gradients instead of their inner
+products: lengths that differ by orders of magnitude then cost no accuracy.
 
-Their derivatives are those of the solution, not of the iterations
-(`last_step`): past convergence an iteration has no derivative worth having. A
-residual has none, it is only looked at. (`aligned_mtl`, which has no solver but
-rotations, is differentiated through them.)
+Their derivatives are the solution's, not the iterations' (`last_step`): past
+convergence an iteration has no useful derivative. A residual has no derivative,
+because it is only a diagnostic. (`aligned_mtl` uses rotations instead of a
+solver and is differentiated through them.)
 """
 
 from collections.abc import Callable
@@ -46,7 +45,7 @@ def cosines(gram: jax.Array, active: jax.Array):
   lengths = jnp.sqrt(jnp.where(usable, squares, 1))
   both = usable[:, None] & usable[None, :]
   cos = jnp.where(both, gram / lengths[:, None] / lengths[None, :], 0)
-  # Rounding is clipped off, but a cosine of 1 has its derivative.
+  # Rounding is clipped, but a cosine of 1 keeps its derivative.
   cos = cos + jax.lax.stop_gradient(jnp.clip(cos, -1, 1) - cos)
   cos = jnp.where(jnp.eye(gram.shape[0], dtype=bool), 1, cos)
   return lengths, cos, usable
@@ -55,7 +54,7 @@ def cosines(gram: jax.Array, active: jax.Array):
 def factorised(matrix: jax.Array) -> Callable[[jax.Array], jax.Array]:
   """Solves linear equations with one positive semidefinite matrix [T, T].
 
-  It is brought to a diagonal of 1 and has a ridge of rounding size.
+  The matrix is scaled to a diagonal of 1 and gets a ridge of rounding size.
   """
   scale = jax.lax.rsqrt(jnp.diagonal(matrix))
   matrix = matrix * scale[:, None] * scale[None, :]
@@ -75,13 +74,13 @@ def last_step(
   matrix: jax.Array,
   a: jax.Array | None = None,
 ) -> jax.Array:
-  """The solution v, with its derivative by what the conditions depend on.
+  """The solution v, with its derivative by the arguments of the conditions.
 
-  Of the last Newton step from v the derivative is that of the solution (the
-  implicit function theorem), and nothing else of the step is kept.
+  The last Newton step from v has the solution's derivative (the implicit
+  function theorem). Only this derivative is kept.
 
   Args:
-    v: [T], which meets the conditions.
+    v: [T], a solution of the conditions.
     conditions: [T], zero at the solution; its derivative at a fixed v counts.
     matrix: [T, T], derivative of the conditions by v.
     a: [T]; with it the conditions hold up to a multiple of a, on a . v = 1.
@@ -91,10 +90,10 @@ def last_step(
   """
   a = jnp.zeros_like(v) if a is None else a
   v, still = jax.lax.stop_gradient((v, a))
-  # On the plane this changes nothing; off it the matrix may be singular.
+  # On the plane this changes nothing; off the plane the matrix may be singular.
   matrix = matrix + still[:, None] * still[None, :]
   solve = factorised(jax.lax.stop_gradient(matrix))
-  # Where gradients are so dependent that this fails there is no derivative.
+  # If gradients are so dependent that this fails, there is no derivative.
   works = jnp.all(jnp.isfinite(solve(jnp.ones_like(v))))
   off = jnp.where(works, a @ v - still @ v, 0)
   conditions = jnp.where(works, conditions, 0)
@@ -106,7 +105,7 @@ def last_step(
 
 
 def simplex_projection(x: jax.Array, active: jax.Array) -> gram_based.Solution:
-  r"""The point of the simplex that is nearest to x.
+  r"""The point on the simplex that is nearest to x.
 
   .. math::
     w_i = \max(x_i - \theta, 0), \quad \sum_i w_i = 1
@@ -118,8 +117,8 @@ def simplex_projection(x: jax.Array, active: jax.Array) -> gram_based.Solution:
   Returns:
     weights [T], and how far their sum is from 1.
   """
-  # Relative to the largest, theta is between -1 and 0 and not drowned in
-  # rounding, and what lies below never has a weight.
+  # Relative to the largest entry, theta is between -1 and 0 and not lost in
+  # rounding. Entries below that range never have a weight.
   x = jnp.where(active, x, -jnp.inf)
   largest = jnp.max(x)
   x = x - jnp.where(jnp.isfinite(largest), largest, 0)
@@ -142,7 +141,7 @@ def project_simplex(x: jax.Array, active: jax.Array) -> jax.Array:
 
 
 def relative(lengths: jax.Array, usable: jax.Array) -> jax.Array:
-  """Shortest usable length over each length; 0 for a task that is out."""
+  """Shortest usable length over each length; 0 for an excluded task."""
   shortest = jnp.min(jnp.where(usable, lengths, jnp.inf))
   shortest = jnp.where(jnp.any(usable), shortest, 1)
   return jnp.where(usable, shortest / lengths, 0)
@@ -162,7 +161,7 @@ def interior_point(
   Args:
     derivatives: `v [T] -> gradient [T], Hessian [T, T]`.
     a: [T], non-negative with at least one positive entry. A variable whose
-      entry is zero should have a positive definite Hessian of its own.
+      entry is zero should have a separate positive definite Hessian.
     start: v [T] to begin at, positive with a . v = 1; one with equal a_i v_i if
       None.
 
@@ -212,18 +211,18 @@ def to_simplex(v: jax.Array, a: jax.Array) -> jax.Array:
 
 
 def last_step_on_simplex(v, slopes, matrix, a):
-  """`last_step` of the variables that are not zero.
+  """`last_step` for the variables that are not zero.
 
   Args:
     v: [T], with a . v = 1.
-    slopes: [T], derivatives less their common multiple of a.
+    slopes: [T], derivatives minus their common multiple of a.
     matrix: [T, T], second derivatives.
     a: [T].
 
   Returns:
     v [T].
   """
-  # A variable and its slope are not both positive; the larger one is.
+  # Of a variable and its slope only the larger one is positive.
   on = v > slopes
   keep = on.astype(v.dtype)
   matrix = matrix * keep[:, None] * keep[None, :] + jnp.diag(1 - keep)
@@ -241,10 +240,10 @@ def min_norm(gram: jax.Array, active: jax.Array) -> gram_based.Solution:
     active: bool [T]; absent tasks get weight 0.
 
   Returns:
-    weights on the simplex [T], and the residual: how far a task's inner
-    product with the point falls short of the point's squared norm, relative to
-    the task's length times the weighted sum of all lengths. In closed form for
-    two tasks.
+    weights on the simplex [T], and the residual: how far a task's inner product
+    with the point falls short of the point's squared norm, relative to the
+    task's length times the weighted sum of all lengths. In closed form for two
+    tasks.
   """
   lengths, cos, usable = cosines(gram, active)
   size = gram.shape[0]
@@ -258,8 +257,8 @@ def min_norm(gram: jax.Array, active: jax.Array) -> gram_based.Solution:
     found = jnp.where(jnp.all(usable), found, usable.astype(gram.dtype))
     v = jnp.where(usable, found / jnp.where(usable, still_a, 1), 0)
   else:
-    # Equal v, not equal weights: a gradient that is longer by orders of
-    # magnitude would begin that far from its optimum. The largest a_i is 1.
+    # Equal v instead of equal weights: a gradient that is longer by orders of
+    # magnitude would start that far from its optimum. The largest a_i is 1.
     start = jnp.full_like(a, 1 / jnp.maximum(jnp.sum(still_a), 1))
     v = interior_point(lambda v: (still_cos @ v, still_cos), still_a, start)
     total = v @ still_a
@@ -268,7 +267,7 @@ def min_norm(gram: jax.Array, active: jax.Array) -> gram_based.Solution:
   level = jax.lax.stop_gradient(v @ slopes)
   v = last_step_on_simplex(v, slopes - level * a, still_cos, a)
   weights = to_simplex(v, a)
-  # A task whose gradient is zero is a minimum by itself.
+  # A task with a zero gradient is already a minimum.
   some_zero = jnp.any(zero)
   weights = jnp.where(
     some_zero, zero / jnp.maximum(jnp.sum(zero), 1), weights
@@ -296,14 +295,14 @@ def two_tasks(gram, linear, radius, floor=0.0) -> tuple[jax.Array, jax.Array]:
     gram: [2, 2].
     linear: [2], or None.
     radius: scalar, with `linear`.
-    floor: h counts as the square of this at least.
+    floor: h counts as at least the square of this.
 
   Returns:
-    w [2] on the simplex, and |g_w| with that h. In this form no rounding is
-    divided by, however short it is.
+    w [2] on the simplex, and |g_w| with that h. This form never divides by
+    rounding, however short |g_w| is.
   """
-  # The longer gradient gets the small weight; solving for that one and not for
-  # its complement keeps its digits.
+  # The longer gradient gets the small weight; solving for that weight instead
+  # of its complement keeps its digits.
   order = jnp.argsort(-jnp.diagonal(gram))
   sorted_gram = gram[order][:, order]
   longer, between, shorter = (
@@ -314,15 +313,15 @@ def two_tasks(gram, linear, radius, floor=0.0) -> tuple[jax.Array, jax.Array]:
   width = longer + shorter - 2 * between
   safe = jnp.where(width > 0, width, 1)
   x = middle = jnp.where(width > 0, (shorter - between) / safe, 0.5)
-  # The squared distance of the line through both gradients from zero; the
-  # quotient first, for a squared inner product can leave float32.
+  # The squared distance between zero and the line through both gradients. The
+  # quotient comes first because a squared inner product can leave float32.
   nearest = (shorter - between) * ((shorter - between) / safe)
   height = jnp.maximum(shorter - nearest, 0)
   height = jnp.maximum(height, floor * floor)
   if linear is not None:
     slope = linear[order][0] - linear[order][1]
     reach = radius * jnp.sqrt(safe)
-    # Where the slope outweighs the norm the optimum is a corner.
+    # If the slope outweighs the norm, the optimum is a corner.
     inside = (reach > jnp.abs(slope)) & (width > 0)
     s = jnp.where(inside, slope / jnp.where(inside, reach, 1), 0)
     curved = x - s * jnp.sqrt(height / (safe * (1 - s * s)))

@@ -42,8 +42,8 @@ def skip_nonfinite(
   """Skips and counts updates that are not finite.
 
   A NaN or an infinity in an active task's gradient makes every aggregator's
-  update non-finite; so does a loss without a logarithm in a weighting that
-  takes one. Wrap the whole chain: a skipped update is zero, and the chain's
+  update non-finite; so does a negative loss in a weighting that takes its
+  logarithm. Wrap the whole chain: a skipped update is zero, and the chain's
   state (moments, weights, keys) is unchanged. A step that carries further state
   asks `left_out`. `optax.apply_if_finite` does the same for gradients without a
   task axis; around an aggregator it raises, because shapes change.
