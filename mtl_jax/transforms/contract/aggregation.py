@@ -330,12 +330,6 @@ def check_task_axis(
   for path, leaf in leaves:
     where = jax.tree_util.keystr(path) or 'the root'
     check_leaf('task gradient', leaf, where)
-    if path in shapes and leaf.shape == shapes[path] and leaf.ndim:
-      raise ValueError(
-        f'the task gradient at {where} has shape {leaf.shape}, which is its '
-        "parameter's, expected a task axis before it: [tasks, *parameter "
-        f'shape]. {_HEADS}'
-      )
     if leaf.ndim == 0:
       raise ValueError(
         f'task gradients need a leading task axis; the leaf at {where} is a '
