@@ -16,4 +16,4 @@ if [ "${1-}" = --all ]; then
 fi
 # Two workers at most: every worker runs eight virtual devices.
 workers=$("$VENV_PYTHON" -c 'import os; print(min(2, os.cpu_count() or 1))')
-exec "$VENV_PYTHON" -m pytest -n "$workers" --dist=loadscope ${which[@]+"${which[@]}"} "$@"
+exec "$VENV_PYTHON" -m pytest -n "$workers" --dist=loadgroup ${which[@]+"${which[@]}"} "$@"

@@ -30,6 +30,30 @@ def pytest_configure(config):
   config.pluginmanager.register(programs.Programs(MAX_PROGRAMS), 'programs')
 
 
+def _group(item):
+  """The method whose row a test is of, or else its module."""
+  parameters = item.callspec.params if hasattr(item, 'callspec') else {}
+  method = getattr(parameters.get('method'), 'name', None)
+  return method or item.nodeid.split('::')[0]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+  """Tests of one method run in one process, one after the other.
+
+  They share its programs, which nothing needs after them.
+  """
+  groups = [_group(item) for item in items]
+  first = {}
+  for group in groups:
+    first.setdefault(group, len(first))
+  pairs = sorted(zip(groups, items, strict=True), key=lambda p: first[p[0]])
+  items[:] = [item for _, item in pairs]
+  if config.pluginmanager.hasplugin('xdist'):
+    for group, item in pairs:
+      item.add_marker(pytest.mark.xdist_group(group))
+
+
 # Every compiled program holds some 20 to 200 memory maps of its process, of
 # which Linux allows 65,530: past that XLA crashes while it compiles.
 _MAPS = pathlib.Path('/proc/self/maps')

@@ -19,6 +19,8 @@ import rows_solvers
 import rows_stochastic
 import rows_weightings
 
+import mtl_jax
+
 METHODS = (
   *rows_basic.METHODS,
   *rows_solvers.METHODS,
@@ -123,10 +125,144 @@ def run(method, J, *, losses=None, active=None, tasks=None, state=None):
   return np.asarray(updates), state
 
 
-def close(actual, expected, J, tolerance=1e-5):
+# How many updates one program makes.
+_BATCH = 8
+
+
+class Batch(NamedTuple):
+  """Updates of several stacks, each from a state of its own.
+
+  Attributes:
+    updates: [N, D], a NumPy array.
+    shown: what `diagnostics` shows of the new states, [N, ...] each, in NumPy.
+    states: the new states, for `run_all` to go on from; leaves [8, ...], the
+      last ones to no purpose. None where one call was not enough.
+  """
+
+  updates: Any
+  shown: dict[str, Any]
+  states: Any
+
+
+class _CompiledBatch(NamedTuple):
+  tx: Any
+  update: Callable[..., Any]
+  traces: list[None]
+
+
+@functools.cache
+def _compiled_batch(name, tasks):
+  (method,) = (m for m in METHODS if m.name == name)
+  tx = method.make(tasks, num_tasks=len(tasks))
+  traces = []
+
+  def update(task_grads, state, losses, active):
+    traces.append(None)
+    updates, state = tx.update(
+      task_grads,
+      state,
+      losses=losses,
+      active=active,
+      **method.extras(task_grads),
+    )
+    return updates, state, mtl_jax.diagnostics(state)
+
+  return _CompiledBatch(tx, quick_compile.jit(jax.vmap(update)), traces)
+
+
+def compiled_batch(method, tasks):
+  """Like `compiled`: `update` takes and gives rows of everything."""
+  tasks = tuple(tasks) if method.per_task else tuple(range(len(tasks)))
+  return _compiled_batch(method.name, tasks)
+
+
+def dimensions(size):
+  """D of the stacks of `run_all`: one for few tasks, one for many."""
+  return 5 if size < 5 else 60
+
+
+def initial(method, size):
+  """The initial state for the first `size` tasks."""
+  tx = compiled_batch(method, range(size)).tx
+  return tx.init(np.zeros(dimensions(size), np.float32))
+
+
+def stack(states):
+  """States for `run_all`, the last again and again where they are too few.
+
+  Not by jax, which would compile a program for every shape.
+  """
+
+  def rows(*arrays):
+    arrays = [*arrays, *arrays[-1:] * (_BATCH - len(arrays))]
+    if jnp.issubdtype(arrays[0].dtype, jax.dtypes.prng_key):
+      data = np.stack([jax.random.key_data(x) for x in arrays])
+      return jax.random.wrap_key_data(data)
+    return np.stack([np.asarray(x) for x in arrays])
+
+  return jax.tree.map(rows, *states)
+
+
+def run_all(
+  method, stacks, *, losses=None, active=None, tasks=None, states=None
+):
+  """One update from each of several stacks, in one program for all tests.
+
+  Args:
+    method: row of the table.
+    stacks: [N, T, D]; no two programs are compiled unless T or D differ.
+    losses: [N, T] or [T]; `LOSSES` of the tasks if None.
+    active: [N, T] or None, which is a program of its own.
+    tasks: which tasks the rows are; the first T if None.
+    states: of an earlier `Batch`, or from `stack`; the initial state for each
+      if None.
+
+  Returns:
+    A `Batch`.
+  """
+  stacks = np.asarray(stacks, np.float32)
+  number, size, dims = stacks.shape
+  tasks = range(size) if tasks is None else tasks
+  compiled = compiled_batch(method, tasks)
+  losses = np.take(LOSSES, tasks) if losses is None else np.asarray(losses)
+  given = [stacks, np.broadcast_to(losses, (number, size)).astype(np.float32)]
+  if active is not None:
+    given.append(np.broadcast_to(active, (number, size)))
+  if states is None:
+    states = stack([compiled.tx.init(np.zeros(dims, np.float32))])
+  elif number > _BATCH:
+    raise ValueError(f'{number} stacks for {_BATCH} states')
+  found = []
+  for start in range(0, number, _BATCH):
+    # The last rows again and again where too few are left.
+    rows = np.minimum(np.arange(start, start + _BATCH), number - 1)
+    J, of_losses, *present = (x[rows] for x in given)
+    updates, new, shown = compiled.update(
+      J,
+      states,
+      of_losses,
+      present[0] if present else None,
+    )
+    found.append((np.asarray(updates), jax.tree.map(np.asarray, shown)))
+  updates, shown = jax.tree.map(
+    lambda *parts: np.concatenate(parts)[:number], *found
+  )
+  return Batch(updates, shown, new if len(found) == 1 else None)
+
+
+def assert_finite(shown, names):
+  """Everything that is shown of each of the named states is finite."""
+  for name, values in shown.items():
+    for i, row in enumerate(names):
+      assert np.all(np.isfinite(values[i])), (row, name, values[i])
+
+
+def close(actual, expected, J, tolerance=1e-5, what=''):
   """Raises unless equal up to rounding relative to the longest gradient."""
   size = np.linalg.norm(np.asarray(J, np.float64), axis=1).max()
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * size)
+  np.testing.assert_allclose(
+    actual, expected, rtol=0, atol=tolerance * size, err_msg=str(what)
+  )
 
 
 def structure(state):
@@ -143,3 +279,16 @@ def matrix(size, dimensions, seed=0):
   J = rng.standard_normal((size, dimensions))
   lengths = 10.0 ** rng.uniform(-0.5, 0.5, (size, 1))
   return (lengths * J).astype(np.float32)
+
+
+@functools.cache
+def eager_golden(method):
+  """The update on `GOLDEN_MATRIX` and the state after it, without `jit`."""
+  tx = method.make_golden()
+  J = jnp.asarray(GOLDEN_MATRIX, jnp.float32)
+  return tx.update(
+    J,
+    tx.init(jnp.zeros(3)),
+    losses=jnp.asarray(GOLDEN_LOSSES, jnp.float32),
+    **method.extras(J),
+  )

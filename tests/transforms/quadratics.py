@@ -9,7 +9,10 @@ for the gradient of the other. `Quadratics.update` is the whole update of
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import methods
 import numpy as np
@@ -28,9 +31,8 @@ FACTORIES = tuple({m.factory: m for m in reversed(methods.METHODS)}.values())[
   ::-1
 ]
 
-# Those that have weights, and those of which the reference knows the draws: a
+# Those of which the reference knows the draws: a
 # method that draws for each coordinate draws anew for each leaf.
-WEIGHTED = tuple(m for m in methods.METHODS if m.weights != 'none')
 KNOWN = tuple(
   m for m in methods.METHODS if not (m.random and m.weights == 'none')
 )
@@ -87,6 +89,161 @@ def _compiled(name, size):
 
 def losses(size=SIZE):
   return jnp.asarray(methods.LOSSES[:size], jnp.float32)
+
+
+def filled(task_grads, keep, fill):
+  """Task gradients with `fill` everywhere in those that are not kept."""
+  rows = lambda x: jnp.where(keep[:, None], x, fill)
+  return tree(*map(rows, vectors(task_grads, xp=jnp)))
+
+
+# What an aggregator inside `flat_minima` makes of its rows; no two alike.
+COEFFICIENTS = np.array([0.5, -1.0, 2.0], np.float32)
+
+
+class Recorded(NamedTuple):
+  """State of `recording`.
+
+  Attributes:
+    task_weights: `COEFFICIENTS` times the mark; zero before an update.
+    mark: tells one state from another.
+    stack: the task gradients of the last update.
+    losses: of the last update.
+    active: of the last update.
+  """
+
+  task_weights: Any
+  mark: Any
+  stack: Any
+  losses: Any
+  active: Any
+
+
+def recording():
+  """An aggregator that remembers what it is given, and sums it.
+
+  `flat_minima` knows no more of any other.
+  """
+
+  def init(params):
+    rows = lambda p: jnp.zeros((SIZE, *p.shape))
+    zeros = jnp.zeros(SIZE)
+    stack = jax.tree.map(rows, params)
+    return Recorded(zeros, jnp.ones(()), stack, zeros, zeros > 0)
+
+  def aggregate(stack, state, params=None, *, losses, active=None, **_):
+    del params
+    weights = state.mark * jnp.asarray(COEFFICIENTS)
+    active = jnp.ones(SIZE, bool) if active is None else active
+    updates = jax.tree.map(lambda x: jnp.tensordot(weights, x, 1), stack)
+    return updates, Recorded(weights, state.mark, stack, losses, active)
+
+  return mtl_jax.Aggregator(init, aggregate, weights='gradients')
+
+
+# The situations of `flat`: whether there are radii, which tasks are active,
+# whose gradients are kept, and what stands in the place of the others and of
+# the losses of absent tasks.
+RADII = {'rho': 0.3, 'rho_heads': 0.7}
+_ALL, _NONE = (True, True, True), (False, False, False)
+_PRESENT = (True, False, True)
+SITUATIONS = {
+  'all tasks': (1, _ALL, _ALL, 0),
+  'radius zero': (0, _ALL, _ALL, 0),
+  'one absent, NaN': (1, _PRESENT, _PRESENT, np.nan),
+  'one absent, infinite': (1, _PRESENT, _PRESENT, np.inf),
+  'one absent, finite': (1, _PRESENT, _PRESENT, 1e3),
+  'none active': (1, _NONE, _NONE, np.nan),
+  'one gradient zero': (1, _ALL, (False, True, True), 0),
+  'all gradients zero': (1, _ALL, _NONE, 0),
+}
+
+
+class Flat(NamedTuple):
+  """What `flat_minima` makes of a situation.
+
+  Attributes:
+    updates: laid out like the parameters.
+    task_params: what `grad_fn` was given.
+    shown: what `diagnostics` shows.
+  """
+
+  updates: Any
+  task_params: Any
+  shown: Any
+
+
+def situations(problem, make):
+  """One update in every situation.
+
+  Args:
+    problem: of three tasks.
+    make: `(rho=, rho_heads=) -> flat_minima(...)`, with radii that may be
+      traced; or a dictionary of such.
+
+  Returns:
+    a `Flat` by the name of the situation, or a dictionary of such.
+  """
+  makes = make if isinstance(make, dict) else {None: make}
+  states = {
+    name: make(rho=0.1, rho_heads=0.1).init(problem.params)
+    for name, make in makes.items()
+  }
+
+  def one(states, times, active, keep, fill):
+    radii = {name: times * radius for name, radius in RADII.items()}
+    return {
+      name: run(name, radii, states[name], active, keep, fill) for name in makes
+    }
+
+  def run(name, radii, state, active, keep, fill):
+    seen = []
+
+    def grad_fn(task_params):
+      seen.append(task_params)
+      return filled(problem.grad_fn(task_params), keep, fill)
+
+    updates, state = makes[name](**radii).update(
+      filled(problem.task_grads, keep, fill),
+      state,
+      problem.params,
+      grad_fn=grad_fn,
+      losses=jnp.where(active, losses(), fill),
+      active=active,
+    )
+    return Flat(updates, *seen, mtl_jax.diagnostics(state))
+
+  rows = [np.array(x) for x in zip(*SITUATIONS.values(), strict=True)]
+  rows[0], rows[3] = (x.astype(np.float32) for x in (rows[0], rows[3]))
+  mapped = quick_compile.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0)))
+  found = jax.tree.map(np.asarray, mapped(states, *rows))
+  by_situation = lambda flat: {
+    situation: jax.tree.map(lambda x, i=i: x[i], flat)
+    for i, situation in enumerate(SITUATIONS)
+  }
+  if isinstance(make, dict):
+    return {name: by_situation(flat) for name, flat in found.items()}
+  return by_situation(found[None])
+
+
+def head_scale(method):
+  """The closed form scales heads by coefficients of the task gradients."""
+  return 'weights' if method.weights == 'gradients' else 'none'
+
+
+@functools.cache
+def flat(method):
+  """`situations` of `flat_minima` around a method, at `Quadratics.random()`."""
+  return situations(
+    Quadratics.random(),
+    functools.partial(
+      mtl_jax.flat_minima,
+      # Traced once for both of its calls.
+      compiled(method),
+      NAMES,
+      head_scale=head_scale(method),
+    ),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +334,31 @@ class Quadratics:
       e[:, part] = radius * direction[:, part] / length
     return x + e
 
+  def stacks(
+    self, *, combine='separate', combiner=np.sum, **perturbation
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is aggregated, in NumPy.
+
+    Args:
+      combine: as in `flat_minima`.
+      combiner: rows [2, 6] to [6].
+      **perturbation: as in `perturbed`.
+
+    Returns:
+      the stack [T, 6] that is aggregated first, the flat gradients [T, 6], and
+      the SAM gradients [T, 9].
+    """
+    g = self.gradient(self.perturbed(rho=0, rho_heads=0))
+    s = self.gradient(self.perturbed(**perturbation))
+    of_loss = g[:, :SHARED]
+    of_flat = s[:, :SHARED] - of_loss
+    if combine == 'direct':
+      return s[:, :SHARED], of_flat, s
+    if combine == 'each':
+      both = np.stack([of_loss, of_flat], axis=1)
+      return np.stack([combiner(rows) for rows in both]), of_flat, s
+    return of_loss, of_flat, s
+
   def update(
     self,
     aggregate: Callable[[np.ndarray], np.ndarray],
@@ -200,17 +382,9 @@ class Quadratics:
       shared [N, 6] and heads [N, T, 3].
     """
     combiner = combiner or (lambda rows: rows.sum(axis=0))
-    g = self.gradient(self.perturbed(rho=0, rho_heads=0))
-    s = self.gradient(self.perturbed(**perturbation))
-    of_loss = g[:, :SHARED]
-    of_flat = s[:, :SHARED] - of_loss
-    both = np.stack([of_loss, of_flat], axis=1)
-    first = {
-      'separate': of_loss,
-      'second': of_loss,
-      'direct': s[:, :SHARED],
-      'each': np.stack([combiner(rows) for rows in both]),
-    }[combine]
+    first, of_flat, s = self.stacks(
+      combine=combine, combiner=combiner, **perturbation
+    )
     shared = results = aggregate(first)
     if combine in ('separate', 'second'):
       pairs = np.stack([results, aggregate(of_flat)], axis=1)
@@ -225,7 +399,7 @@ class Quadratics:
     return shared, weights[:, :, None] * s[:, SHARED:]
 
 
-def assert_is_one_of(updates, expected, names=NAMES, tolerance=1e-4):
+def assert_is_one_of(updates, expected, names=NAMES, tolerance=1e-4, name=''):
   """An update must be one of the right ones (`Quadratics.update`).
 
   Tolerances are relative to the update's length; flat gradients are differences
@@ -240,4 +414,4 @@ def assert_is_one_of(updates, expected, names=NAMES, tolerance=1e-4):
     for right_shared, right_heads in zip(*expected, strict=True)
   ]
   # `not <` and not `>`: NaN is a miss.
-  assert min(misses) < tolerance, (misses, shared, heads, expected)
+  assert min(misses) < tolerance, (name, misses, shared, heads, expected)

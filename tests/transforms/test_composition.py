@@ -257,8 +257,10 @@ def test_a_group_without_a_name_is_refused():
     tx.init({'a': jnp.zeros(2)})
 
 
-@pytest.mark.parametrize('method', methods.ALL)
-def test_a_non_finite_gradient_makes_a_step_that_is_skipped_and_counted(method):
+# Of every method the update shows it (`test_contract_numbers`).
+@pytest.mark.parametrize('name', ['linear', 'pcgrad', 'moco'])
+def test_a_non_finite_gradient_makes_a_step_that_is_skipped_and_counted(name):
+  (method,) = (m for m in methods.METHODS if m.name == name)
   aggregator = method.make_alone(range(3), num_tasks=3)
   tx = mtl_jax.skip_nonfinite(optax.chain(aggregator, optax.trace(0.9)))
   update = quick_compile.jit(tx.update)

@@ -5,67 +5,80 @@ import jax.numpy as jnp
 import methods
 import numpy as np
 import pytest
-
-import mtl_jax
+import quick_compile
 
 NAN, INF = float('nan'), float('inf')
 
 
 ABSENT = [(1,), (0,), (0, 1), (1, 2)]
+# What the rows of absent tasks hold, and their losses.
+FILLS = [(0, 1), (1e30, 0), (NAN, NAN), (INF, -1), (-INF, INF)]
 
 
 @pytest.mark.parametrize('method', methods.ALL)
-@pytest.mark.parametrize('absent', ABSENT, ids=str)
-def test_absent_task_is_as_if_it_were_not_there(method, absent):
-  present = [i for i in range(3) if i not in absent]
-  active = np.isin(np.arange(3), present)
-  losses = np.asarray(methods.LOSSES[:3], np.float32)
-  expected, expected_state = methods.run(
-    method, methods.CONFLICTING[present], losses=losses[present], tasks=present
+def test_absent_task_is_as_if_it_were_not_there(method):
+  J, losses = methods.CONFLICTING, np.asarray(methods.LOSSES[:3], np.float32)
+  cases = [
+    (absent, np.isin(np.arange(3), absent, invert=True), *fill)
+    for absent in ABSENT
+    for fill in FILLS
+  ]
+  found = methods.run_all(
+    method,
+    [
+      np.where(active[:, None], J, np.float32(row))
+      for _, active, row, _ in cases
+    ],
+    losses=[np.where(active, losses, loss) for _, active, _, loss in cases],
+    active=[active for _, active, _, _ in cases],
   )
-  for row, loss in [(0, 1), (1e30, 0), (NAN, NAN), (INF, -1), (-INF, INF)]:
-    J = np.where(active[:, None], methods.CONFLICTING, np.float32(row))
-    update, state = methods.run(
-      method, J, losses=np.where(active, losses, loss), active=active
+  methods.assert_finite(found.shown, [str(case) for case in cases])
+  for i, (absent, active, row, _) in enumerate(cases):
+    name = f'{absent} absent, holding {row}'
+    (present,) = np.nonzero(active)
+    alone = methods.run_all(
+      method, J[None, present], losses=losses[present], tasks=present
     )
-    methods.close(update, expected, methods.CONFLICTING)
+    methods.close(found.updates[i], alone.updates[0], J, what=name)
     if method.weights != 'none':
-      weights = np.asarray(state.task_weights)
-      np.testing.assert_array_equal(weights[list(absent)], 0)
+      weights = found.shown['task_weights'][i]
+      np.testing.assert_array_equal(weights[list(absent)], 0, err_msg=name)
       np.testing.assert_allclose(
-        weights[present], expected_state.task_weights, atol=1e-5
+        weights[present],
+        alone.shown['task_weights'][0],
+        atol=1e-5,
+        err_msg=name,
       )
-    assert all(
-      np.all(np.isfinite(x)) for x in mtl_jax.diagnostics(state).values()
-    )
 
 
 @pytest.mark.parametrize('method', methods.ALL)
 def test_all_active_is_the_default(method):
-  update, _ = methods.run(
-    method, methods.CONFLICTING, active=[True, True, True]
-  )
-  expected, _ = methods.run(method, methods.CONFLICTING)
-  methods.close(update, expected, methods.CONFLICTING, 1e-6)
+  J = methods.CONFLICTING[None]
+  found = methods.run_all(method, J, active=[True, True, True])
+  expected = methods.run_all(method, J)
+  methods.close(found.updates, expected.updates, methods.CONFLICTING, 1e-6)
 
 
 @pytest.mark.parametrize('method', methods.ALL)
-@pytest.mark.parametrize('size', [1, 3])
-def test_no_active_task_means_zero_update(method, size):
-  update, state = methods.run(
-    method,
-    np.full((size, 5), NAN, np.float32),
-    losses=np.full(size, NAN),
-    active=np.zeros(size, bool),
-  )
-  np.testing.assert_array_equal(update, 0)
-  if method.weights != 'none':
-    np.testing.assert_array_equal(state.task_weights, 0)
-  before = methods.compiled(method, range(size)).tx.init(jnp.zeros(5)).memory
-  jax.tree.map(np.testing.assert_array_equal, state.memory, before)
-  assert all(
-    np.all(np.isfinite(x)) for x in mtl_jax.diagnostics(state).values()
-  )
+def test_no_active_task_means_zero_update(method):
+  for size in (1, 3):
+    found = methods.run_all(
+      method,
+      np.full((1, size, 5), NAN),
+      losses=np.full(size, NAN),
+      active=np.zeros(size, bool),
+    )
+    name = f'{size} tasks'
+    np.testing.assert_array_equal(found.updates, 0, err_msg=name)
+    if method.weights != 'none':
+      np.testing.assert_array_equal(found.shown['task_weights'], 0, name)
+    before = methods.initial(method, size).memory
+    jax.tree.map(
+      lambda new, old: np.testing.assert_array_equal(new[0], old),
+      found.states.memory,
+      before,
+    )
+    methods.assert_finite(found.shown, [name])
 
 
 @pytest.mark.parametrize('method', methods.ENUMERATED)
@@ -77,7 +90,7 @@ def test_outcomes_of_random_method_come_as_often_as_they_should(method, active):
     active = jnp.array(active)
   tx = method.make(range(len(J)))
 
-  @jax.jit
+  @quick_compile.jit
   def outcomes(state, J):
     # One state all along: every update has to draw anew.
     step = lambda state, _: tx.update(J, state, active=active)[::-1]

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick_compile
 
 import mtl_jax
 
@@ -13,8 +14,13 @@ GRADS = jnp.array([[2.0, 0.0], [0.0, 3.0], [-1.0, 1.0]])
 
 def _shown(tx, **extra):
   params = jnp.zeros(2)
-  _, state = tx.update(GRADS, tx.init(params), params, **extra)
-  return mtl_jax.diagnostics(state)
+
+  @quick_compile.jit
+  def shown(state):
+    _, state = tx.update(GRADS, state, params, **extra)
+    return mtl_jax.diagnostics(state)
+
+  return shown(tx.init(params))
 
 
 def test_numbers_of_the_mean_by_hand():

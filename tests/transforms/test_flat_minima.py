@@ -1,10 +1,13 @@
 """The update of `flat_minima` against its closed form on quadratics."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import quadratics
+import quick_compile
 import references
 
 import mtl_jax
@@ -37,7 +40,7 @@ COMBINATIONS = {
 
 def update(tx, problem, *, state=None, **extra_args):
   state = tx.init(problem.params) if state is None else state
-  return tx.update(
+  step = lambda state: tx.update(
     problem.task_grads,
     state,
     problem.params,
@@ -45,6 +48,7 @@ def update(tx, problem, *, state=None, **extra_args):
     losses=quadratics.losses(len(problem.names)),
     **extra_args,
   )
+  return quick_compile.jit(step)(state)
 
 
 def closed_form(method, **options):
@@ -52,61 +56,107 @@ def closed_form(method, **options):
   return PROBLEM.update(right, **options)
 
 
-# The closed form scales heads by the coefficients of the task gradients.
-WAYS = [
-  pytest.param(method, head_scale, id=f'{method.name}-{head_scale}')
-  for method in quadratics.FACTORIES
-  for head_scale in ('none', 'weights')
-  if method in quadratics.KNOWN
-  if head_scale == 'none' or method.weights == 'gradients'
+BALLS = [
+  {'norm': norm, 'adaptive': adaptive}
+  for norm in ('separate', 'joint')
+  for adaptive in (False, True)
 ]
-# The perturbation knows nothing of the method: with the other norms and balls
-# one of each kind will do (without a solver, with one, random, without weights,
-# with memory).
-KINDS = ('linear', 'mgda', 'pcgrad', 'cagrad_0.1', 'trimmed_mean', 'moco')
-BALLS = [('joint', False), ('separate', True), ('joint', True)]
-CASES = [
-  pytest.param(*way.values, 'separate', False, id=f'{way.id}-separate-sam')
-  for way in WAYS
-] + [
-  pytest.param(
-    *way.values,
-    norm,
-    adaptive,
-    id=f'{way.id}-{norm}-{"asam" if adaptive else "sam"}',
-  )
-  for way in WAYS
-  if way.values[0].name in KINDS
-  for norm, adaptive in BALLS
-]
-
-
-def test_every_kind_of_method_is_in_the_cases():
-  names = {way.values[0].name for way in WAYS}
-  assert names.issuperset(KINDS)
+RADII = {'rho': 0.3, 'rho_heads': 0.7}
 
 
 @pytest.mark.parametrize('combination', COMBINATIONS)
-@pytest.mark.parametrize(('method', 'head_scale', 'norm', 'adaptive'), CASES)
-def test_update_is_the_closed_form(
-  method, norm, adaptive, combination, head_scale
-):
+def test_an_aggregator_is_given_the_right_stacks_and_states(combination):
+  """`flat_minima` knows nothing else of a method: this holds for all."""
   combine, combiner, combiner_reference = COMBINATIONS[combination]
-  options = {'norm': norm, 'adaptive': adaptive, 'head_scale': head_scale}
-  radii = {'rho': 0.3, 'rho_heads': 0.7}
-  tx = mtl_jax.flat_minima(
-    quadratics.compiled(method),
-    quadratics.NAMES,
-    combine=combine,
-    combiner=combiner,
-    **radii,
-    **options,
-  )
-  updates, _ = update(tx, PROBLEM)
+  two_states = combine in ('separate', 'second')
+  ways = [(ball, scale) for ball in BALLS for scale in ('none', 'weights')]
+  aggregators = [
+    mtl_jax.flat_minima(
+      quadratics.recording(),
+      quadratics.NAMES,
+      combine=combine,
+      combiner=combiner,
+      head_scale=scale,
+      **RADII,
+      **ball,
+    )
+    for ball, scale in ways
+  ]
+  states = []
+  for tx in aggregators:
+    state = tx.init(PROBLEM.params)
+    if two_states:
+      state = state._replace(flat=state.flat._replace(mark=jnp.array(3.0)))
+    states.append(state)
+  found = quick_compile.jit(
+    lambda states: [
+      update(tx, PROBLEM, state=state)
+      for tx, state in zip(aggregators, states, strict=True)
+    ]
+  )(states)
+
+  sums = combiner_reference or (lambda rows: rows.sum(axis=0))
+  w = quadratics.COEFFICIENTS
+  for (ball, scale), (updates, state) in zip(ways, found, strict=True):
+    first, flat, s = PROBLEM.stacks(
+      combine=combine, combiner=sums, **RADII, **ball
+    )
+    shared, parts = w @ first, [(state.loss, 1, first)]
+    if two_states:
+      shared = sums(np.stack([shared, 3 * w @ flat]))
+      parts.append((state.flat, 3, flat))
+    else:
+      assert not jax.tree.leaves(state.flat)
+    for part, mark, stack in parts:
+      assert part.mark == mark, (ball, scale)
+      np.testing.assert_array_equal(part.losses, quadratics.losses())
+      seen, _ = quadratics.vectors(
+        {**part.stack, 'heads': PROBLEM.params['heads']}
+      )
+      np.testing.assert_allclose(
+        seen, stack, atol=1e-5 * np.abs(stack).max(), err_msg=f'{ball}'
+      )
+    heads = s[:, 6:] * (w[:, None] if scale == 'weights' else 1)
+    expected = shared[None], heads[None]
+    quadratics.assert_is_one_of(updates, expected, name=(ball, scale))
+
+
+def test_radius_zero_leaves_loss_gradients_and_flat_ones_of_zero():
+  """A of nothing is nothing (`test_contract_numbers`): A(g) is left."""
+  makes = {
+    name: functools.partial(
+      mtl_jax.flat_minima,
+      quadratics.recording(),
+      quadratics.NAMES,
+      combine=name,
+    )
+    for name in ('separate', 'direct', 'second', 'each')
+  }
+  tx = {name: make(rho=0) for name, make in makes.items()}
+  states = {name: t.init(PROBLEM.params) for name, t in tx.items()}
+  found = quick_compile.jit(
+    lambda states: {
+      n: update(t, PROBLEM, state=states[n]) for n, t in tx.items()
+    }
+  )(states)
+  right = PROBLEM.task_grads['shared']
+  for name, (_, state) in found.items():
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+      state.loss.stack['shared'],
+      right,
+    )
+    if name in ('separate', 'second'):
+      assert all(np.all(x == 0) for x in jax.tree.leaves(state.flat.stack))
+
+
+@pytest.mark.parametrize('method', **quadratics.by_name(quadratics.KNOWN))
+def test_update_is_the_closed_form(method):
   expected = closed_form(
-    method, combine=combine, combiner=combiner_reference, **radii, **options
+    method, head_scale=quadratics.head_scale(method), **quadratics.RADII
   )
-  quadratics.assert_is_one_of(updates, expected)
+  found = quadratics.flat(method)['all tasks']
+  quadratics.assert_is_one_of(found.updates, expected)
 
 
 @pytest.mark.parametrize('norm', ['separate', 'joint'])
@@ -141,15 +191,20 @@ def test_schedules_of_both_radii_are_called_with_the_number_of_updates():
 
 def perturbations(params, task_grads, **options):
   """What is added to the parameters of tasks 'a' and 'b'."""
-  seen = []
-
-  def grad_fn(task_params):
-    seen.append(task_params)
-    return task_grads
-
   tx = mtl_jax.flat_minima(mtl_jax.linear(), ('a', 'b'), **options)
-  tx.update(task_grads, tx.init(params), params, grad_fn=grad_fn)
-  (task_params,) = seen
+
+  @quick_compile.jit
+  def seen(state, params, task_grads):
+    found = []
+
+    def grad_fn(task_params):
+      found.append(task_params)
+      return task_grads
+
+    tx.update(task_grads, state, params, grad_fn=grad_fn)
+    return found
+
+  (task_params,) = seen(tx.init(params), params, task_grads)
   difference = jax.tree.map(
     lambda moved, start: moved - jnp.broadcast_to(start, moved.shape),
     task_params,

@@ -1,5 +1,7 @@
 """Tasks without a label in the batch, inside `flat_minima`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import methods
@@ -15,123 +17,118 @@ PROBLEM = quadratics.Quadratics.random()
 # The task in the middle is absent; of the two others PCGrad has one result.
 PRESENT = (0, 2)
 ABSENT = 1
-ACTIVE = jnp.array([True, False, True])
-RADII = {'rho': 0.3, 'rho_heads': 0.7}
-
-
-def with_absent(task_grads, value):
-  """Task gradients whose absent task holds `value` everywhere."""
-  shared, heads = quadratics.vectors(task_grads, xp=jnp)
-  return quadratics.tree(
-    shared.at[ABSENT].set(value), heads.at[ABSENT].set(value)
-  )
-
-
-def run(tx, value, active=ACTIVE):
-  """One update, its state, and the task parameters that grad_fn was given."""
-  seen = []
-
-  def grad_fn(task_params):
-    seen.append(task_params)
-    return with_absent(PROBLEM.grad_fn(task_params), value)
-
-  updates, state = tx.update(
-    with_absent(PROBLEM.task_grads, value),
-    tx.init(PROBLEM.params),
-    PROBLEM.params,
-    grad_fn=grad_fn,
-    losses=quadratics.losses().at[ABSENT].set(value),
-    active=active,
-  )
-  return updates, state, *seen
+ONE_ABSENT = [name for name in quadratics.SITUATIONS if 'absent' in name]
 
 
 def expected(method, **options):
   """Of the active tasks alone, in NumPy; the absent head does not move."""
   losses = np.take(methods.LOSSES, PRESENT)
   shared, heads = PROBLEM.take(PRESENT).update(
-    lambda J: method.right(J, losses, PRESENT), **RADII, **options
+    lambda J: method.right(J, losses, PRESENT), **quadratics.RADII, **options
   )
   return shared, np.insert(heads, ABSENT, 0, axis=1)
 
 
-@pytest.mark.parametrize('value', [np.nan, np.inf, 1e3])
 @pytest.mark.parametrize('method', **quadratics.by_name(quadratics.KNOWN))
-def test_result_is_that_of_the_active_tasks_alone(method, value):
-  tx = mtl_jax.flat_minima(
-    quadratics.compiled(method), quadratics.NAMES, **RADII
-  )
-  updates, _, _ = run(tx, value)
-  quadratics.assert_is_one_of(updates, expected(method))
+def test_result_is_that_of_the_active_tasks_alone(method):
+  right = expected(method, head_scale=quadratics.head_scale(method))
+  for name in ONE_ABSENT:
+    found = quadratics.flat(method)[name]
+    quadratics.assert_is_one_of(found.updates, right, name=name)
 
 
-@pytest.mark.parametrize('head_scale', ['none', 'weights'])
-@pytest.mark.parametrize('norm', ['separate', 'joint'])
-@pytest.mark.parametrize('adaptive', [False, True], ids=['sam', 'asam'])
-@pytest.mark.parametrize('combine', ['separate', 'direct', 'second', 'each'])
-def test_result_is_that_of_the_active_tasks_alone_with_every_option(
-  combine, adaptive, norm, head_scale
-):
-  options = {
-    'combine': combine,
-    'adaptive': adaptive,
-    'norm': norm,
-    'head_scale': head_scale,
-  }
-  (method,) = [m for m in methods.METHODS if m.name == 'linear']
-  tx = mtl_jax.flat_minima(
-    quadratics.compiled(method), quadratics.NAMES, **RADII, **options
-  )
-  updates, _, _ = run(tx, np.nan)
-  quadratics.assert_is_one_of(updates, expected(method, **options))
-
-
-@pytest.mark.parametrize('norm', ['separate', 'joint'])
-@pytest.mark.parametrize('value', [np.nan, 1e3])
-def test_an_absent_task_is_not_perturbed(norm, value):
-  tx = mtl_jax.flat_minima(
-    mtl_jax.linear(), quadratics.NAMES, norm=norm, **RADII
-  )
-  _, _, task_params = run(tx, value)
-  shared, heads = quadratics.vectors(task_params)
-  x = np.concatenate([shared, heads], axis=1)
-  start = np.concatenate([PROBLEM.shared, PROBLEM.heads[ABSENT]])
-  np.testing.assert_array_equal(x[ABSENT], start.astype('float32'))
-  moved = PROBLEM.perturbed(norm=norm, **RADII)
-  np.testing.assert_allclose(x[[*PRESENT]], moved[[*PRESENT]], rtol=1e-5)
-
-
-@pytest.mark.parametrize('method', **quadratics.by_name(quadratics.WEIGHTED))
+@pytest.mark.parametrize('method', **quadratics.by_name(methods.METHODS))
 def test_an_absent_task_has_no_weight_in_either_part(method):
-  tx = mtl_jax.flat_minima(quadratics.compiled(method), quadratics.NAMES)
-  _, state, _ = run(tx, np.nan)
-  for part in (state.loss, state.flat):
-    assert part.task_weights[ABSENT] == 0
-    assert np.all(np.isfinite(part.task_weights))
-    assert np.all(np.isfinite(part.gram))
+  for name in ONE_ABSENT:
+    shown = quadratics.flat(method)[name].shown
+    for part in ('loss', 'flat'):
+      assert np.all(np.isfinite(shown[f'{part}/gram'])), name
+      if method.weights != 'none':
+        weights = shown[f'{part}/task_weights']
+        assert weights[ABSENT] == 0, name
+        assert np.all(np.isfinite(weights)), name
+
+
+@pytest.mark.parametrize('method', **quadratics.by_name(methods.METHODS))
+def test_no_active_task_means_a_zero_update(method):
+  assert_nothing_moves(quadratics.flat(method)['none active'])
+
+
+def assert_nothing_moves(found, name=''):
+  for leaf in jax.tree.leaves(found.updates):
+    np.testing.assert_array_equal(leaf, 0, err_msg=str(name))
+  assert_not_perturbed(found, range(quadratics.SIZE), name)
+  for key, value in found.shown.items():
+    assert np.all(np.isfinite(value)), (name, key)
+
+
+def assert_not_perturbed(found, tasks, name=''):
+  shared, heads = quadratics.vectors(found.task_params)
+  for task in tasks:
+    for moved, start in (
+      (shared[task], PROBLEM.shared),
+      (heads[task], PROBLEM.heads[task]),
+    ):
+      np.testing.assert_array_equal(
+        moved, start.astype('float32'), err_msg=str(name)
+      )
 
 
 @pytest.mark.parametrize('combine', ['separate', 'direct', 'second', 'each'])
-@pytest.mark.parametrize('method', **quadratics.by_name(quadratics.FACTORIES))
-def test_no_active_task_means_a_zero_update(method, combine):
-  tx = mtl_jax.flat_minima(
-    quadratics.compiled(method), quadratics.NAMES, combine=combine
+def test_absent_tasks_count_in_no_ball_no_combination_and_no_head(combine):
+  (linear,) = (m for m in methods.METHODS if m.name == 'linear')
+  ways = {
+    f'{norm}, {"asam" if adaptive else "sam"}, {scale}': {
+      'norm': norm,
+      'adaptive': adaptive,
+      'head_scale': scale,
+    }
+    for norm in ('separate', 'joint')
+    for adaptive in (False, True)
+    for scale in ('none', 'weights')
+  }
+  make = lambda options: functools.partial(
+    mtl_jax.flat_minima,
+    mtl_jax.linear(),
+    quadratics.NAMES,
+    combine=combine,
+    **options,
   )
-  updates, state, task_params = run(tx, np.nan, active=jnp.zeros(3, bool))
-  for leaf in jax.tree.leaves(updates):
-    np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
-  jax.tree.map(np.testing.assert_array_equal, task_params, PROBLEM.task_params)
-  assert all(
-    np.all(np.isfinite(value))
-    for value in mtl_jax.diagnostics(state.loss).values()
+  found = quadratics.situations(
+    PROBLEM, {name: make(options) for name, options in ways.items()}
   )
+  for way, options in ways.items():
+    right = expected(linear, combine=combine, **options)
+    ball = {name: options[name] for name in ('norm', 'adaptive')}
+    moved = PROBLEM.perturbed(**quadratics.RADII, **ball)
+    for situation in ONE_ABSENT:
+      name = f'{way}, {situation}'
+      one = found[way][situation]
+      quadratics.assert_is_one_of(one.updates, right, name=name)
+      assert_not_perturbed(one, [ABSENT], name)
+      x = np.concatenate(quadratics.vectors(one.task_params), axis=1)
+      np.testing.assert_allclose(
+        x[[*PRESENT]], moved[[*PRESENT]], rtol=1e-5, err_msg=name
+      )
+    assert_nothing_moves(found[way]['none active'], way)
 
 
 def test_active_is_read_as_truth_values_whatever_its_dtype():
-  tx = mtl_jax.flat_minima(mtl_jax.linear(), quadratics.NAMES, **RADII)
-  by_bool, _, _ = run(tx, np.nan)
-  by_count, _, _ = run(tx, np.nan, active=jnp.array([5.0, 0.0, 2.0]))
+  tx = mtl_jax.flat_minima(
+    mtl_jax.linear(), quadratics.NAMES, **quadratics.RADII
+  )
+  by_bool, by_count = (
+    tx.update(
+      PROBLEM.task_grads,
+      tx.init(PROBLEM.params),
+      PROBLEM.params,
+      grad_fn=PROBLEM.grad_fn,
+      active=active,
+    )[0]
+    for active in (jnp.array([True, False, True]), jnp.array([5.0, 0.0, 2.0]))
+  )
   jax.tree.map(np.testing.assert_array_equal, by_count, by_bool)
+  assert np.all(by_bool['heads']['depth']['scale'] == 0)
 
 
 def test_what_absent_tasks_hold_does_not_reach_an_aggregator_of_optax():

@@ -1,5 +1,7 @@
 """Cases in which `flat_minima` is something simpler."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import methods
@@ -7,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import quadratics
+import quick_compile
 
 import mtl_jax
 
@@ -15,14 +18,15 @@ PROBLEM = quadratics.Quadratics.random()
 
 def run(tx, problem, *, task_grads=None, grad_fn=None, **extra_args):
   """One update of a new state, with losses; also the state."""
-  return tx.update(
+  step = lambda state: tx.update(
     problem.task_grads if task_grads is None else task_grads,
-    tx.init(problem.params),
+    state,
     problem.params,
     grad_fn=grad_fn or problem.grad_fn,
     losses=quadratics.losses(len(problem.names)),
     **extra_args,
   )
+  return quick_compile.jit(step)(tx.init(problem.params))
 
 
 def assert_trees_close(actual, expected, **tolerance):
@@ -31,20 +35,22 @@ def assert_trees_close(actual, expected, **tolerance):
   )
 
 
-@pytest.mark.parametrize('combine', ['separate', 'direct', 'second', 'each'])
+# How they combine does not matter: `test_flat_minima` shows what is aggregated.
 @pytest.mark.parametrize('method', **quadratics.by_name(methods.METHODS))
-def test_radius_zero_is_the_aggregator_alone(method, combine):
-  inner = quadratics.compiled(method)
-  flat = mtl_jax.flat_minima(inner, quadratics.NAMES, rho=0, combine=combine)
-  plain = mtl_jax.shared_only(inner, quadratics.NAMES, head_scale='none')
-  expected, _ = plain.update(
+def test_radius_zero_is_the_aggregator_alone(method):
+  plain = mtl_jax.shared_only(
+    method.make_alone(range(quadratics.SIZE), num_tasks=quadratics.SIZE),
+    quadratics.NAMES,
+    head_scale=quadratics.head_scale(method),
+  )
+  expected, _ = quick_compile.jit(plain.update)(
     PROBLEM.task_grads,
     plain.init(PROBLEM.params),
     PROBLEM.params,
     losses=quadratics.losses(),
   )
-  updates, _ = run(flat, PROBLEM)
-  assert_trees_close(updates, expected, rtol=1e-6)
+  found = quadratics.flat(method)['radius zero']
+  assert_trees_close(found.updates, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('combine', ['separate', 'direct', 'second', 'each'])
@@ -96,80 +102,96 @@ def test_one_task_with_a_joint_norm_is_the_sam_of_optax():
   )
 
 
-@pytest.mark.parametrize('norm', ['separate', 'joint'])
 @pytest.mark.parametrize(
   'method',
   **quadratics.by_name(
     [m for m in methods.METHODS if m.factory is mtl_jax.linear]
   ),
 )
-def test_a_linear_aggregator_makes_separate_equal_direct(method, norm):
-  results = [
-    run(
-      mtl_jax.flat_minima(
-        quadratics.compiled(method),
-        quadratics.NAMES,
-        rho=0.5,
-        norm=norm,
-        combine=combine,
-      ),
-      PROBLEM,
-    )[0]
+def test_a_linear_aggregator_makes_separate_equal_direct(method):
+  ways = [
+    (norm, combine)
+    for norm in ('separate', 'joint')
     for combine in ('separate', 'direct')
   ]
-  assert_trees_close(*results, rtol=1e-5, atol=1e-6)
+  inner = method.make(range(quadratics.SIZE))
+  aggregators = [
+    mtl_jax.flat_minima(
+      inner, quadratics.NAMES, rho=0.5, norm=norm, combine=combine
+    )
+    for norm, combine in ways
+  ]
+  found = quick_compile.jit(
+    lambda: [run(tx, PROBLEM)[0] for tx in aggregators]
+  )()
+  for separate, direct in (found[:2], found[2:]):
+    assert_trees_close(separate, direct, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('adaptive', [False, True], ids=['sam', 'asam'])
-@pytest.mark.parametrize('norm', ['separate', 'joint'])
-@pytest.mark.parametrize('zero', [(0,), (0, 1, 2)], ids=['one', 'all'])
-@pytest.mark.parametrize('method', **quadratics.by_name(quadratics.FACTORIES))
-def test_a_zero_gradient_is_not_perturbed_and_gives_no_nan(
-  method, zero, norm, adaptive
-):
-  present = jnp.array([i not in zero for i in range(quadratics.SIZE)])
-  shared, heads = quadratics.vectors(PROBLEM.task_grads, xp=jnp)
-  keep = present[:, None]
-  task_grads = quadratics.tree(shared * keep, heads * keep)
-  seen = []
-
-  def grad_fn(task_params):
-    seen.append(task_params)
-    return task_grads
-
-  tx = mtl_jax.flat_minima(
-    quadratics.compiled(method),
-    quadratics.NAMES,
-    norm=norm,
-    adaptive=adaptive,
-  )
-  updates, _ = run(tx, PROBLEM, task_grads=task_grads, grad_fn=grad_fn)
-  moved_shared, moved_heads = quadratics.vectors(seen[0])
-  for task in zero:
+def assert_starts(found, tasks, name):
+  """The tasks are where the parameters are, and everything is a number."""
+  shared, heads = quadratics.vectors(found.task_params)
+  for task in tasks:
     np.testing.assert_array_equal(
-      moved_shared[task], PROBLEM.shared.astype('float32')
+      shared[task], PROBLEM.shared.astype('float32'), err_msg=name
     )
     np.testing.assert_array_equal(
-      moved_heads[task], PROBLEM.heads[task].astype('float32')
+      heads[task], PROBLEM.heads[task].astype('float32'), err_msg=name
     )
-  for leaf in jax.tree.leaves((seen, updates)):
-    assert np.all(np.isfinite(leaf))
-  if len(zero) == quadratics.SIZE:
-    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(updates))
+  for leaf in jax.tree.leaves(found):
+    assert np.all(np.isfinite(leaf)), name
+
+
+def assert_zero_gradients_are_safe(found, name=''):
+  assert_starts(found['one gradient zero'], [0], name)
+  none = found['all gradients zero']
+  assert_starts(none, range(quadratics.SIZE), name)
+  assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(none.updates)), name
+
+
+@pytest.mark.parametrize('method', **quadratics.by_name(methods.METHODS))
+def test_a_zero_gradient_is_not_perturbed_and_gives_no_nan(method):
+  assert_zero_gradients_are_safe(quadratics.flat(method))
+
+
+def test_a_zero_gradient_is_not_perturbed_in_any_ball():
+  balls = {
+    f'{norm}, {"asam" if adaptive else "sam"}': {
+      'norm': norm,
+      'adaptive': adaptive,
+    }
+    for norm in ('separate', 'joint')
+    for adaptive in (False, True)
+  }
+  makes = {
+    name: functools.partial(
+      mtl_jax.flat_minima, mtl_jax.linear(), quadratics.NAMES, **ball
+    )
+    for name, ball in balls.items()
+  }
+  for name, found in quadratics.situations(PROBLEM, makes).items():
+    assert_zero_gradients_are_safe(found, name)
 
 
 def test_a_zero_shared_gradient_leaves_the_perturbation_of_the_head():
   shared, heads = quadratics.vectors(PROBLEM.task_grads, xp=jnp)
   task_grads = quadratics.tree(jnp.zeros_like(shared), heads)
-  seen = []
-
-  def grad_fn(task_params):
-    seen.append(task_params)
-    return task_grads
-
   tx = mtl_jax.flat_minima(mtl_jax.linear(), quadratics.NAMES, rho=0.5)
-  run(tx, PROBLEM, task_grads=task_grads, grad_fn=grad_fn)
-  moved_shared, moved_heads = quadratics.vectors(seen[0])
+
+  @quick_compile.jit
+  def task_params(state):
+    seen = []
+
+    def grad_fn(task_params):
+      seen.append(task_params)
+      return task_grads
+
+    tx.update(task_grads, state, PROBLEM.params, grad_fn=grad_fn)
+    return seen[0]
+
+  moved_shared, moved_heads = quadratics.vectors(
+    task_params(tx.init(PROBLEM.params))
+  )
   np.testing.assert_array_equal(
     moved_shared, np.tile(PROBLEM.shared.astype('float32'), (3, 1))
   )
@@ -203,15 +225,6 @@ def test_frozen_leaves_are_neither_perturbed_nor_updated_nor_measured(
   params = PROBLEM.params
   bias = params['shared']['bias']
   offset = params['heads']['depth']['offset']
-  seen = []
-
-  def grad_fn(task_params):
-    seen.append(task_params)
-    rows = jnp.broadcast_to(task_params['shared']['bias'], (3, 2))
-    grads = PROBLEM.grad_fn(with_frozen(task_params, offset, rows))
-    # Gradients of frozen leaves are large: they must not reach a norm.
-    return with_frozen(grads, jnp.array(1e3), jnp.full(2, 1e3))
-
   tx = mtl_jax.flat_minima(
     mtl_jax.linear(),
     quadratics.NAMES,
@@ -221,9 +234,23 @@ def test_frozen_leaves_are_neither_perturbed_nor_updated_nor_measured(
     adaptive=adaptive,
     param_labels=labels,
   )
-  task_grads = grad_fn(with_frozen(PROBLEM.task_params, offset, bias))
-  updates, _ = run(tx, PROBLEM, task_grads=task_grads, grad_fn=grad_fn)
-  _, task_params = seen
+
+  @quick_compile.jit
+  def step(state):
+    seen = []
+
+    def grad_fn(task_params):
+      seen.append(task_params)
+      rows = jnp.broadcast_to(task_params['shared']['bias'], (3, 2))
+      grads = PROBLEM.grad_fn(with_frozen(task_params, offset, rows))
+      # Gradients of frozen leaves are large: they must not reach a norm.
+      return with_frozen(grads, jnp.array(1e3), jnp.full(2, 1e3))
+
+    task_grads = grad_fn(with_frozen(PROBLEM.task_params, offset, bias))
+    updates, _ = tx.update(task_grads, state, params, grad_fn=grad_fn)
+    return updates, seen[1]
+
+  updates, task_params = step(tx.init(params))
   np.testing.assert_array_equal(task_params['shared']['bias'], bias)
   assert task_params['heads']['depth']['offset'] == offset
   np.testing.assert_array_equal(updates['shared']['bias'], np.zeros(2))

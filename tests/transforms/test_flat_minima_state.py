@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import methods
 import numpy as np
 import optax
 import pytest
 import quadratics
+import quick_compile
 import references
 
 import mtl_jax
@@ -61,15 +63,18 @@ def shared_vector(leaves):
 
 def updates_of(tx, steps, **extra_args):
   """Updates and states of some steps at the same parameters."""
-  state = tx.init(PROBLEM.params)
-  for _ in range(steps):
-    updates, state = tx.update(
+  step = quick_compile.jit(
+    lambda state: tx.update(
       PROBLEM.task_grads,
       state,
       PROBLEM.params,
       grad_fn=PROBLEM.grad_fn,
       **extra_args,
     )
+  )
+  state = tx.init(PROBLEM.params)
+  for _ in range(steps):
+    updates, state = step(state)
     yield updates, state
 
 
@@ -134,8 +139,11 @@ def test_pcgrad_draws_one_order_for_both_parts_and_another_at_each_update(seed):
 
   drawn = []
   state = tx.init(theta)
+  step = quick_compile.jit(
+    lambda state: tx.update(grads, state, theta, grad_fn=grad_fn)
+  )
   for _ in range(6):
-    updates, state = tx.update(grads, state, theta, grad_fn=grad_fn)
+    updates, state = step(state)
     misses = np.linalg.norm(sums - np.asarray(updates), axis=2)
     assert misses.min() < 1e-4 * np.linalg.norm(updates)
     drawn.append(np.unravel_index(misses.argmin(), misses.shape))
@@ -152,11 +160,8 @@ def test_no_two_leaves_of_a_new_state_share_a_buffer():
   jax.random.split(key)
 
 
-@pytest.mark.parametrize('combine', ['separate', 'each'])
-@pytest.mark.parametrize('method', **quadratics.by_name(quadratics.FACTORIES))
-def test_state_keeps_its_form_under_jit_with_donation_and_one_compilation(
-  method, combine
-):
+def training(method, combine):
+  """A step of training, its parameters and its state."""
   tx = optax.chain(
     mtl_jax.flat_minima(
       method.make_alone(range(quadratics.SIZE)),
@@ -167,10 +172,8 @@ def test_state_keeps_its_form_under_jit_with_donation_and_one_compilation(
     optax.clip_by_global_norm(1.0),
     optax.adam(1e-3),
   )
-  traces = []
 
   def step(params, state, losses):
-    traces.append(None)
     task_params = {
       **params,
       'shared': jax.tree.map(lambda p: jnp.stack([p] * 3), params['shared']),
@@ -184,21 +187,37 @@ def test_state_keeps_its_form_under_jit_with_donation_and_one_compilation(
     )
     return optax.apply_updates(params, updates), state
 
-  jitted = jax.jit(step, donate_argnums=(0, 1))
-  params = PROBLEM.params
-  state = tx.init(params)
-  before = forms((params, state))
+  return step, PROBLEM.params, tx.init(PROBLEM.params)
+
+
+@pytest.mark.parametrize('method', **quadratics.by_name(quadratics.FACTORIES))
+def test_state_keeps_its_form(method):
+  for combine in ('separate', 'each'):
+    step, *before = training(method, combine)
+    after = jax.eval_shape(step, *before, quadratics.losses())
+    assert methods.structure(after) == methods.structure(tuple(before)), combine
+
+
+@pytest.mark.parametrize('combine', ['separate', 'each'])
+@pytest.mark.parametrize('name', ['linear', 'pcgrad', 'moco'])
+def test_a_step_is_donated_and_compiled_once(name, combine):
+  (method,) = (m for m in methods.METHODS if m.name == name)
+  step, params, state = training(method, combine)
+  traces = []
+
+  def counting(*args):
+    traces.append(None)
+    return step(*args)
+
+  jitted = quick_compile.jit(counting, donate_argnums=(0, 1))
+  before = methods.structure((params, state))
   for _ in range(3):
+    old = params
     params, state = jitted(params, state, quadratics.losses())
-    assert forms((params, state)) == before
+    assert methods.structure((params, state)) == before
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
   assert len(traces) == 1
   assert state[0].count == 3
-
-
-def forms(tree):
-  """Structure, and shape and dtype of every leaf."""
-  leaves, structure = jax.tree.flatten(tree)
-  return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def test_weights_of_both_parts_can_be_seen():

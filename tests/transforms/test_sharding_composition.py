@@ -77,10 +77,15 @@ def task_params_of(params):
   return params | {'shared': jax.tree.map(stack, params['shared'])}
 
 
-def steps(params, problem, *, name, kinds=tuple(KINDS), **axes):
-  """The updates of each kind in `STEPS` steps of descent, by kind."""
-  found = {kind: [] for kind in kinds}
-  for kind, updates_of_kind in found.items():
+# All of them go into one program a place.
+CASES = [(name, kind) for name in METHODS for kind in KINDS]
+
+
+def steps(params, problem, *, cases=tuple(CASES), **axes):
+  """The updates in `STEPS` steps of descent, by case."""
+  found = {f'{name} {kind}': [] for name, kind in cases}
+  for name, kind in cases:
+    updates_of_kind = found[f'{name} {kind}']
     method = METHODS[name](**axes)
     tx, at = KINDS[kind](method), params
     state = tx.init(params)
@@ -107,13 +112,13 @@ def mesh(axis):
   )
 
 
-def on_one_device(name):
-  return quick_compile.jit(functools.partial(steps, name=name))(PARAMS, PROBLEM)
+def on_one_device():
+  return quick_compile.jit(steps)(PARAMS, PROBLEM)
 
 
-def with_shard_map(name, *, check_vma):
+def with_shard_map(*, check_vma):
   mapped = jax.shard_map(
-    functools.partial(steps, name=name, axis_name='batch'),
+    functools.partial(steps, axis_name='batch'),
     mesh=mesh('batch'),
     in_specs=(P(), P('batch')),
     out_specs=P(),
@@ -122,9 +127,9 @@ def with_shard_map(name, *, check_vma):
   return quick_compile.jit(mapped)(PARAMS, PROBLEM)
 
 
-def with_pmap(name):
+def with_pmap():
   mapped = jax.pmap(
-    functools.partial(steps, name=name, axis_name='batch'),
+    functools.partial(steps, axis_name='batch'),
     axis_name='batch',
     in_axes=(None, 0),
   )
@@ -138,12 +143,16 @@ def with_pmap(name):
   return jax.tree.map(lambda x: x[0], found)
 
 
-def with_shards(name, *, check_vma):
+def with_shards(*, check_vma):
   """Every leaf in shards along the first axis of its parameter."""
   along = lambda p, a: P(*[None] * (a.ndim - p.ndim), 'model')
   of_problem = jax.tree.map(along, PARAMS, PROBLEM[0])
   mapped = jax.shard_map(
-    functools.partial(steps, name=name, kinds=('plain',), shard_axis='model'),
+    functools.partial(
+      steps,
+      cases=[(name, 'plain') for name in WRAPPED],
+      shard_axis='model',
+    ),
     mesh=mesh('model'),
     in_specs=(P('model'), (of_problem, of_problem)),
     out_specs=P('model'),
@@ -165,36 +174,32 @@ PLACES = {'one device': on_one_device} | REPLICAS | SHARDS
 
 
 @functools.cache
-def results(place, name):
-  return jax.tree.map(np.asarray, PLACES[place](name))
+def results(place):
+  return jax.tree.map(np.asarray, PLACES[place]())
 
 
-def assert_same_as_on_one_device(place, name, kind):
+def assert_same_as_on_one_device(place, names, kinds):
   """Every leaf of both updates within a share of its own length."""
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=0, atol=1e-4 * np.linalg.norm(b)
-    ),
-    results(place, name)[kind],
-    results('one device', name)[kind],
-  )
+  for case in (f'{name} {kind}' for name in names for kind in kinds):
+    jax.tree.map(
+      lambda a, b, case=case: np.testing.assert_allclose(
+        a, b, rtol=0, atol=1e-4 * np.linalg.norm(b), err_msg=case
+      ),
+      results(place)[case],
+      results('one device')[case],
+    )
 
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('name', WITH_EXTRA_GRADS)
 @pytest.mark.parametrize('place', REPLICAS)
-def test_extra_grads_of_replicas_are_averaged(place, name, kind):
-  assert_same_as_on_one_device(place, name, kind)
+def test_extra_grads_of_replicas_are_averaged(place):
+  assert_same_as_on_one_device(place, WITH_EXTRA_GRADS, KINDS)
 
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('name', WRAPPED)
 @pytest.mark.parametrize('place', REPLICAS)
-def test_wrapped_aggregator_averages_over_its_replicas(place, name, kind):
-  assert_same_as_on_one_device(place, name, kind)
+def test_wrapped_aggregator_averages_over_its_replicas(place):
+  assert_same_as_on_one_device(place, WRAPPED, KINDS)
 
 
-@pytest.mark.parametrize('name', WRAPPED)
 @pytest.mark.parametrize('place', SHARDS)
-def test_wrapped_aggregator_sums_over_its_shards(place, name):
-  assert_same_as_on_one_device(place, name, 'plain')
+def test_wrapped_aggregator_sums_over_its_shards(place):
+  assert_same_as_on_one_device(place, WRAPPED, ['plain'])

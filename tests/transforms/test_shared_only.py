@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_compile
 
 import mtl_jax
 
@@ -23,7 +24,7 @@ GRADS = {
 
 def _update(tx, grads=None, params=PARAMS, **extra):
   grads = GRADS if grads is None else grads
-  return tx.update(grads, tx.init(PARAMS), params, **extra)
+  return quick_compile.jit(tx.update)(grads, tx.init(PARAMS), params, **extra)
 
 
 def _equal(actual, expected):
