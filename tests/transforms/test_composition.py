@@ -224,7 +224,7 @@ def by_name(tree):
 @pytest.mark.parametrize('labels', ['leaf', by_name], ids=['leaf', 'by name'])
 def test_groups_compose_with_heads_and_flat_minima(labels):
   problem = quadratics.Quadratics.random()
-  for aggregator in (mtl_jax.cagrad(), mtl_jax.gradvac(), mtl_jax.graddrop()):
+  for aggregator in (mtl_jax.mgda(), mtl_jax.gradvac(), mtl_jax.graddrop()):
     grouped = mtl_jax.per_group(aggregator, labels)
     plain = mtl_jax.shared_only(grouped, problem.names)
     flat = mtl_jax.flat_minima(grouped, problem.names, rho=0.0)

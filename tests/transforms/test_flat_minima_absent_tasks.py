@@ -49,7 +49,7 @@ def test_an_absent_task_has_no_weight_in_either_part(method):
         assert np.all(np.isfinite(weights)), name
 
 
-@pytest.mark.parametrize('method', **quadratics.by_name(methods.METHODS))
+@pytest.mark.parametrize('method', **quadratics.by_name(quadratics.FACTORIES))
 def test_no_active_task_means_a_zero_update(method):
   assert_nothing_moves(quadratics.flat(method)['none active'])
 

@@ -149,7 +149,7 @@ def assert_zero_gradients_are_safe(found, name=''):
   assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(none.updates)), name
 
 
-@pytest.mark.parametrize('method', **quadratics.by_name(methods.METHODS))
+@pytest.mark.parametrize('method', **quadratics.by_name(quadratics.FACTORIES))
 def test_a_zero_gradient_is_not_perturbed_and_gives_no_nan(method):
   assert_zero_gradients_are_safe(quadratics.flat(method))
 
