@@ -1,11 +1,11 @@
 """Multi-task learning in JAX.
 
-The names here need jax, numpy and optax alone: the transformations, the task
-gradients they work on, and the joint updates. Everything else (`mtl_jax.data`,
+The names here are the transformations, their task gradients and the joint
+updates. They need only jax, numpy and optax. Everything else (`mtl_jax.data`,
 `.models`, `.problems`, `.train`, ...) is imported by its own name.
 """
 
-# A signal is one line from here on, before imports that take seconds.
+# From here on a signal ends in one line, even during imports that take seconds.
 from mtl_jax.train import command_line as command_line
 
 # isort: split

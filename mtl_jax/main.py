@@ -3,10 +3,10 @@ r"""Trains one run, from the command line.
 python -m mtl_jax.main --config=configs/multi_mnist.py:method=f_cagrad \
   --workdir=DIR [--config.optimizer.learning_rate=3e-4 ...]
 
-Ends with 0 when the run is finished, with 75 ("try again") when a signal
-stopped it and all is saved, with 130 (Ctrl-C) or 143 (SIGTERM) when a signal
-came before there was anything to save, and with 1 after an error. `-v 1` shows
-where in the code an error comes from.
+The exit status is 0 when the run is finished, 75 ("try again") when a signal
+stopped it and everything is saved, 130 (Ctrl-C) or 143 (SIGTERM) when a signal
+came before there was anything to save, and 1 after an error. `-v 1` shows where
+in the code an error comes from.
 """
 
 from collections.abc import Sequence
@@ -66,19 +66,20 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 def load_config(
   argument: str, overrides: Sequence[str] = ()
 ) -> ml_collections.ConfigDict:
-  """The config of a command line.
+  """The config from a command line.
 
   Args:
-    argument: what follows `--config=`: path of a Python file with `get_config`
-      and, after a colon, what that function is called with.
+    argument: the value of `--config=`: path of a Python file with `get_config`
+      and, after a colon, the argument for that function.
     overrides: arguments such as `'--config.epochs=3'`.
 
   Returns:
     The config, locked.
 
   Raises:
-    ValueError: if there is no such file, it is no config or finds fault with
-      its arguments, a key is unknown (tells the nearest) or a value unfit.
+    ValueError: if the file does not exist, is not a config or rejects its
+      arguments, if a key is unknown (the message names the nearest) or if a
+      value does not fit.
   """
   config = _read_config(argument)
   _override(config, overrides)
@@ -86,13 +87,13 @@ def load_config(
 
 
 def _read_config(argument):
-  """What the file of a config returns, locked."""
+  """The config that a file returns, locked."""
   path, _, arguments = argument.partition(':')
   if not pathlib.Path(path).exists():
     raise ValueError(f'config: no such file: {path!r}')
   if not path.endswith('.py') or not pathlib.Path(path).is_file():
     raise ValueError(f'config must be a Python file, got {path!r}')
-  # Configs import what they share from the folder above them.
+  # Configs import their common parts from the folder above them.
   root = str(pathlib.Path(path).resolve().parent.parent)
   if root not in sys.path:
     sys.path.append(root)
@@ -119,7 +120,7 @@ def _read_config(argument):
 
 
 def _override(config, argv, *, known_only=False):
-  """Sets in a config what a command line says of it."""
+  """Sets the overrides from a command line in a config."""
   check_overrides(config, argv)
   values = flags.FlagValues()
   try:
@@ -134,11 +135,11 @@ def _override(config, argv, *, known_only=False):
 def check_overrides(
   config: ml_collections.ConfigDict, argv: Sequence[str]
 ) -> None:
-  """Raises a ValueError telling the nearest keys if one is unknown.
+  """Raises a ValueError that names the nearest keys if one is unknown.
 
   Args:
     config: the config.
-    argv: command line; of interest are arguments like `--config.seed=1`.
+    argv: command line; only arguments like `--config.seed=1` matter.
   """
   for argument in argv:
     match = re.match(r'--?(?:no)?config\.([^=]+)', argument)
@@ -160,7 +161,7 @@ def check_overrides(
 
 
 def _check_flags(config, argv):
-  """Raises if a flag is a key of the config without `config.`."""
+  """Raises if a flag is a config key without its `config.` prefix."""
   paths = list(_paths(config))
   for argument in argv:
     match = re.match(r'--?(?:no)?([a-z]\w*(?:\.\w+)*)', argument)
@@ -183,7 +184,7 @@ def _paths(config, prefix=''):
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-  """Parses the command line; says plainly what is wrong with a config."""
+  """Parses the command line; reports a wrong config in one line."""
   early = flags.FlagValues()
   flags.DEFINE_string('config', None, '', flag_values=early)
   rest = early(argv, known_only=True)
@@ -198,13 +199,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def keep_compilations(directory: str) -> None:
-  """Makes JAX keep every compiled program in a folder, and look there first.
+  """Makes JAX keep every compiled program in a folder and look there first.
 
   Args:
-    directory: the folder; made if it is not there.
+    directory: the folder; created if it does not exist.
   """
-  # JAX leaves out what compiles in less than a second; starting a run needs
-  # many of those.
+  # By default JAX skips programs that compile in less than a second, and the
+  # start of a run needs many of those.
   for name, value in (
     ('jax_compilation_cache_dir', directory),
     ('jax_persistent_cache_min_compile_time_secs', 0.0),
@@ -214,7 +215,7 @@ def keep_compilations(directory: str) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Starts JAX as the flags say and calls the loop."""
+  """Starts JAX according to the flags and calls the loop."""
   if len(argv) > 1:
     sys.exit(f'error: arguments begin with --, got {" ".join(argv[1:])}')
   if not flags.FLAGS['verbosity'].present:
@@ -235,7 +236,7 @@ def main(argv: Sequence[str]) -> None:
     print(interruption, file=sys.stderr)
     sys.exit(EXIT_INTERRUPTED)
   except (
-    # What a user can mend, with a message that says how.
+    # Errors that a user can fix, with a message that says how.
     ValueError,
     OSError,
     window.NonFiniteLossError,

@@ -1,4 +1,4 @@
-r"""Predictions of a saved run, as a picture of images with their labels.
+r"""Predictions from a saved run, as a picture of images with their labels.
 
 python -m mtl_jax.predict --workdir=DIR [--out=FILE.png] [--num_images=24] \
   [--choose=first|wrong]
@@ -27,7 +27,7 @@ _COLUMNS = 6
 def restore(
   workdir: pathlib.Path,
 ) -> tuple[experiments.Experiment, steps.TrainState]:
-  """The experiment of a run directory and the state last saved in it.
+  """The experiment in a run directory and its last saved state.
 
   Args:
     workdir: a run directory.
@@ -36,8 +36,8 @@ def restore(
     The experiment and its state.
 
   Raises:
-    ValueError: if there is no run or no checkpoint in `workdir`, or what is
-      there cannot be read.
+    ValueError: if there is no run or no checkpoint in `workdir`, or if it
+      cannot be read.
   """
   values = run_directory.read_config(workdir)
   if values is None:
@@ -47,7 +47,7 @@ def restore(
     checks.check_config(config)
   except ValueError as error:
     raise ValueError(f'the config of the run in {workdir}: {error}') from None
-  # What the run was trained on need not be here.
+  # The devices of the training run need not be available here.
   config.parallel.update(parameters='replicated', task_devices=1)
   config.data.placement = 'host'
   experiment = experiments.make_experiment(config)
@@ -95,12 +95,12 @@ def choose_images(
   num_images: int,
   choose: str,
 ) -> np.ndarray:
-  """Which images to show.
+  """Chooses the images to show.
 
   Args:
     labels: {task: [N]}.
     classes: {task: [N]}, predicted.
-    num_images: how many at the most.
+    num_images: the largest number of images.
     choose: `'first'`, or `'wrong'` for the first with a wrong task.
 
   Returns:
@@ -115,12 +115,12 @@ def choose_images(
 
 
 def draw(batch: types.Batch, classes: dict[str, np.ndarray], title: str):
-  """A figure of images with the predicted class of each task.
+  """A figure of images with the predicted class for each task.
 
   Args:
     batch: images and labels.
     classes: {task: [B]}, predicted.
-    title: of the figure.
+    title: the figure's title.
 
   Returns:
     A matplotlib figure; a wrong class is red, followed by the true one.
@@ -159,11 +159,11 @@ def draw(batch: types.Batch, classes: dict[str, np.ndarray], title: str):
 
 
 def _check_out(out):
-  """Raises if no picture can be written there."""
+  """Raises if no picture can be written to that path."""
   from matplotlib import backend_bases
 
   kinds = backend_bases.FigureCanvasBase.get_supported_filetypes()
-  # Without a suffix matplotlib adds that of its default, `.png`.
+  # Without a suffix matplotlib adds its default, `.png`.
   if out.suffix and out.suffix[1:].lower() not in kinds:
     raise ValueError(
       f'--out must end in one of {sorted(kinds)}, got {str(out)!r}'
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   args = parser.parse_args(arguments)
   if args.num_images < 1:
     parser.error(f'--num_images must be positive, got {args.num_images}')
-  # Libraries show the tracebacks of what they read in vain.
+  # Libraries log the tracebacks of failed reads.
   absl.logging.set_verbosity(absl.logging.FATAL)
   try:
     return _main(args)
@@ -197,7 +197,7 @@ def _main(args):
     _check_out(out)
   experiment, state = restore(args.workdir)
   source = experiment.sources['test']
-  # Wrong ones are looked for among the first thousand.
+  # The search for wrong predictions covers the first thousand images.
   batch = source.__getitems__(np.arange(min(len(source), 1000)))
   classes = predict(experiment, state, batch)
   labels = {task: np.asarray(batch['labels'][task]) for task in classes}

@@ -1,4 +1,4 @@
-"""The nouns of the project: what a batch, a task and a problem are.
+"""The nouns of the project: batch, task, problem, model.
 
 Everything here is a plain container of arrays or of pure functions. The order
 of tasks is always `Problem.task_names`, never the order of a dictionary.
@@ -19,8 +19,8 @@ Array = jax.Array | np.ndarray
 # Parameters: {'shared': tree, 'heads': {task: tree}}.
 Params = Any
 
-# What a model carries from step to step besides parameters, such as the
-# running statistics of BatchNorm. An empty dictionary where there is none.
+# The state that a model carries from step to step besides parameters, such as
+# BatchNorm's running statistics. An empty dictionary without any.
 ModelState = Any
 
 # Gradients of T tasks: laid out as Params, shared leaves [T, *shape], head
@@ -28,8 +28,8 @@ ModelState = Any
 TaskGrads = Any
 
 # {'image': [B, H, W, C], 'labels': {task: [B, ...]}, 'mask': {task: [B, ...]}}
-# where a mask is 1.0 for a label that is there and 0.0 for one that is not.
-# Shapes are static: a missing label is a mask of zeros.
+# where a mask is 1.0 for a present label and 0.0 for a missing one. Shapes are
+# static: a missing label is a mask of zeros.
 Batch = Mapping[str, Any]
 
 # {task: prediction [B, ...]}
@@ -37,24 +37,24 @@ Predictions = Mapping[str, Any]
 
 
 class Source(Protocol):
-  """Examples by random access; what a split of a dataset is."""
+  """Examples by random access, such as a split of a dataset."""
 
   def __len__(self) -> int:
     """Number of examples."""
 
   def __getitems__(self, indices: np.ndarray) -> Batch:
-    """The examples of `indices` [B] as one batch of NumPy arrays."""
+    """The examples at `indices` [B] as one batch of NumPy arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """A number that tells how well a task is solved, over a whole split.
+  """A measure of how well a task is solved, over a whole split.
 
   Attributes:
-    name: what it is called in logs and tables, such as `'accuracy'`.
+    name: its name in logs and tables, such as `'accuracy'`.
     accumulate: `(prediction, label, mask) -> tree`; sums that add up over
       batches and devices. Pure and jittable.
-    finish: `tree -> scalar`; the metric from the sums of the split.
+    finish: `tree -> scalar`; the metric from the sums over the split.
     higher_is_better: whether a larger value is a better one.
   """
 
@@ -73,7 +73,7 @@ class Task:
     num_outputs: width of the task's head.
     loss: `(prediction [B, ...], label [B, ...]) -> [B, ...]`; the loss of each
       example (or pixel), averaged over present labels by the caller.
-    metrics: the task's metrics, the first of them the one tables are sorted by.
+    metrics: the task's metrics. Tables are sorted by the first.
   """
 
   name: str
@@ -84,16 +84,16 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A benchmark: its tasks, its data and the baselines it is compared with.
+  """A benchmark: its tasks, its data and its baselines.
 
   Attributes:
     name: name of the problem.
     tasks: the tasks, in the order of every task axis.
     image_shape: (height, width, channels) of an input.
     load: `(split, **options) -> Source`; the data of a split.
-    prepare: `(**options) -> None`; writes to disk what `load` reads, if that is
-      not there yet. One process calls it while the others wait. None where
-      nothing has to be prepared.
+    prepare: `(**options) -> None`; writes the files that `load` reads, if they
+      are missing. One process calls it while the others wait. None if nothing
+      has to be prepared.
     preprocess: `batch -> batch`; pure, run inside `jit` before the model, such
       as the scaling of bytes to floats.
     baselines: single-task scores, `{'task/metric': value}`, for delta_m.
@@ -131,8 +131,8 @@ class Model(NamedTuple):
       is not needed.
     features: like `apply`, up to where heads begin: `-> (features,
       model_state)`. None for a model whose tasks share no features.
-    heads: `(params, features) -> predictions`. With both `apply` is `heads` of
-      `features`.
+    heads: `(params, features) -> predictions`. If both are given, `apply`
+      equals `heads` after `features`.
   """
 
   init: Callable[..., tuple[Params, ModelState]]

@@ -1,6 +1,6 @@
-"""Loss functions in, losses and gradients of every task out.
+"""Losses and gradients of every task, from loss functions.
 
-Needs jax, numpy and optax, and of this project `types` and `transforms`.
+Needs jax, numpy and optax, and from this project `types` and `transforms`.
 """
 
 from mtl_jax.gradients._task_grad import task_grad

@@ -13,10 +13,10 @@ from mtl_jax.transforms.contract import labels
 
 
 class Features(NamedTuple):
-  """Features at some parameters, and what is on either side of them.
+  """Features at some parameters, with the losses above and the pull-back below.
 
   Attributes:
-    aux: what the function of the features returned besides.
+    aux: the second result of `features_fn`.
     params: `{'shared': features, 'heads': {task: leaves of its head}}`.
     losses_of: `params -> (losses, aux)`.
     pull: a gradient laid out as `params` -> one laid out as the parameters.
@@ -44,12 +44,12 @@ def at_features(
     names: the tasks.
     param_labels: see `mtl_jax.shared_only`.
     params: parameters.
-    *args: what both functions take besides.
+    *args: further arguments of both functions.
 
   Raises:
-    ValueError: for features that are no floating-point arrays; naming the
-      leaves, if losses use shared parameters by another way than the features,
-      or features use parameters of heads.
+    ValueError: for features that are not floating-point arrays. Also if losses
+      use shared parameters other than through the features, or if features use
+      parameters of heads; the message names the leaves.
   """
   partition = labels.Partition(param_labels, params, names)
   shared, heads, frozen = partition.split(params)

@@ -1,7 +1,7 @@
-"""Task gradients of a batch from slices of it, one at a time.
+"""Task gradients of a batch, computed from one slice at a time.
 
-They are averaged by label counts before anything is made of them, which is the
-only right place: methods are not linear in the gradients.
+They are averaged by label counts before a method combines them. This order is
+necessary because methods are not linear in the gradients.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ def accumulated(
   number: int,
   weigh: bool = True,
 ) -> Callable[..., Any]:
-  """A function of task gradients over slices of the batch, one at a time.
+  """Turns a function of a batch into one that takes a slice at a time.
 
   Args:
     fn: `(params, batch, *args) -> (losses [T], aux, task_grads)`.
     names: the tasks.
     param_labels: see `mtl_jax.shared_only`.
-    number: of slices.
+    number: the number of slices.
     weigh: see `slices.shares`.
 
   Returns:
@@ -45,7 +45,7 @@ def accumulated(
       if label == labels.FROZEN:
         return leaf
       share = algebra.row(share, leaf) if owner is None else share[owner]
-      # The loss of a task without labels here may be anything.
+      # The loss of a task without labels in this slice may be anything.
       wide = leaf.astype(algebra.wide(leaf.dtype))
       return jnp.where(share > 0, share * wide, 0)
 
@@ -69,7 +69,7 @@ def accumulated(
     first = jax.tree.map(lambda x: x[0], (pieces, shares))
     start = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, *first)[0])
     (losses, leaves), aux = jax.lax.scan(step, start, (pieces, shares))
-    # Sums of many numbers in half precision would lose most of the last ones.
+    # Sums of many numbers in half precision would lose the last ones.
     dtypes = [x.dtype for x in partition.leaves(params)]
     grads = partition.tree(
       [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]

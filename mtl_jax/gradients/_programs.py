@@ -1,8 +1,8 @@
-"""A loss function traced once, and the equations that each task's loss needs.
+"""The program of a loss function and the equations for each task's loss.
 
-To trace T losses once for each task, or to transpose all of them for each,
-takes time that grows as the square of T. It also computes with the losses of
-absent tasks, whose derivatives need not be finite.
+The function is traced once. Tracing or transposing all T losses for each task
+would take time that grows as the square of T. It would also compute with the
+losses of absent tasks, whose derivatives need not be finite.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from jax.extend.core import jaxpr_as_fun
 from jax.extend.core import Literal
 import jax.numpy as jnp
 
-# What makes an array of losses, each of them an operand.
+# Operations that make an array of losses, with each loss an operand.
 _STACKS = ('stack', 'concatenate')
 # Calls of compiled functions.
 _CALLS = ('jit', 'pjit')
@@ -29,8 +29,8 @@ class Part(NamedTuple):
   """Some equations of a program, as a function.
 
   Attributes:
-    inputs: the variables that they read and do not make.
-    results: the variables that they make for others.
+    inputs: the variables that they read but do not compute.
+    results: the variables that they compute for others.
     run: `(*values of inputs) -> values of results`, a list.
   """
 
@@ -43,7 +43,7 @@ class Loss(NamedTuple):
   """One loss as a function of the arguments that it reads.
 
   Attributes:
-    places: where those arguments are among all flattened arguments.
+    places: the positions of those arguments among all flattened arguments.
     run: `(*leaves at those places) -> loss`, a scalar.
   """
 
@@ -55,7 +55,7 @@ class PulledBack(NamedTuple):
   """All losses at some arguments, and the gradient of a weighted sum.
 
   Attributes:
-    value: what the function returned: losses and aux.
+    value: the result of the function: losses and aux.
     pull: `weights [T] -> gradients`, leaves like the flattened arguments.
   """
 
@@ -68,8 +68,8 @@ class Program:
 
   Attributes:
     losses: shapes and dtypes of the losses, as the function returns them.
-    separable: whether each task's loss is a result of its own. It is in a
-      dictionary of losses, and in an array that was stacked from them.
+    separable: whether each task's loss is a separate result, as in a dictionary
+      of losses or in an array that was stacked from them.
   """
 
   def __init__(
@@ -86,7 +86,7 @@ class Program:
     self.losses = shapes[0]
     size = len(jax.tree.leaves(self.losses))
     while (call := _shared_call(closed.jaxpr, size)) is not None:
-      # The losses are compiled together: their equations stand inside.
+      # The losses are compiled together, so their equations are inside.
       opened = functools.partial(_with_call_opened, closed, call)
       closed = jax.make_jaxpr(opened)(*jax.tree.leaves(args))
     self._jaxpr, self._structure = closed.jaxpr, jax.tree.structure(shapes)
@@ -101,7 +101,7 @@ class Program:
     self._losses = losses or closed.jaxpr.outvars[:1] * len(names)
 
   def _by_task(self, losses, shapes, names):
-    """The variable of each task's loss; None if they have none each."""
+    """The variable of each task's loss; None if they have no separate ones."""
     if isinstance(shapes, Mapping):
       # JAX flattens dictionaries by sorted keys.
       place = {task: k for k, task in enumerate(sorted(shapes))}
@@ -138,7 +138,7 @@ class Program:
       active: bool [T].
 
     Returns:
-      What the function returned.
+      The result of the function.
     """
     known = {
       **self._constants,
@@ -167,21 +167,21 @@ class Program:
     """All losses, and the gradient of a weighted sum of them.
 
     A loss whose weight is exactly 0 has no part in the gradient, whatever its
-    derivatives are. The equations that its task alone needs are pulled back
-    apart from all others, and what comes out of them is dropped.
+    derivatives are. The equations that only its task needs are pulled back
+    separately, and their results are dropped.
 
     Args:
       leaves: the flattened arguments.
 
     Returns:
-      The value, and what pulls back from it.
+      The value and its pull-back.
     """
     invars = self._jaxpr.invars
     known = {**self._constants, **dict(zip(invars, leaves, strict=True))}
     trunk, own, rest = self._parts
 
     def linearized(part, out):
-      """The part's pull-back from `out`; its results are known then."""
+      """The part's pull-back from `out`, which also computes its results."""
       into = list(filter(_smooth, part.inputs))
 
       def run(*values):
@@ -211,7 +211,7 @@ class Program:
         for x, cotangent in cotangents:
           totals[x] = totals[x] + cotangent if x in totals else cotangent
 
-      # From the last to the first, as a derivative of the whole adds them up.
+      # From the last to the first, in the order of a derivative of the whole.
       for i in reversed(range(len(own))):
         loss = self._losses[i]
         if _fixed(loss):
@@ -237,7 +237,7 @@ class Program:
 
   @functools.cached_property
   def _parts(self) -> tuple[Part, list[Part], Part]:
-    """What several losses need, what each needs alone, and what none needs."""
+    """Equations for several losses, for one loss each, and for no loss."""
     equations = self._jaxpr.eqns
     # The losses that need a variable, as the bits of a number.
     needed: dict[Any, int] = {}
@@ -274,7 +274,7 @@ class Program:
   def _needed(self, result):
     """The equations that a result needs, in order.
 
-    Only those are walked, so that T walks take as long as one.
+    Only those are visited, so that T walks take as long as one.
     """
     found, todo = set(), [result]
     while todo:
@@ -286,12 +286,12 @@ class Program:
 
 
 def _fixed(x: Any) -> bool:
-  """Whether it is a number in the program and no variable."""
+  """Whether it is a number in the program instead of a variable."""
   return isinstance(x, Literal)
 
 
 def _smooth(x: Any) -> bool:
-  """Whether there are derivatives in it."""
+  """Whether it can have derivatives."""
   return jnp.issubdtype(x.aval.dtype, jnp.inexact)
 
 
@@ -301,7 +301,7 @@ def _part(
   equations: Sequence[Any],
   wanted: Iterable[Any],
 ) -> Part:
-  """Equations as a function; makes those of the wanted variables it can."""
+  """Equations as a function that computes the wanted variables it can."""
   read = dict.fromkeys(x for e in equations for x in e.invars if not _fixed(x))
   made = dict.fromkeys(x for e in equations for x in e.outvars)
   wanted = set(wanted)
@@ -316,11 +316,11 @@ def _part(
 
 
 def _shared_call(jaxpr: Any, size: int) -> Any:
-  """A call of a compiled function that makes several losses, if there is one.
+  """A call of a compiled function that computes several losses, if any.
 
   Args:
     jaxpr: the equations.
-    size: how many of the first results are losses, or one array of them.
+    size: the number of first results that are losses, or one array of them.
   """
   losses = jaxpr.outvars[:size]
   for equation in jaxpr.eqns:

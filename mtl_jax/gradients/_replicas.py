@@ -1,7 +1,7 @@
 """Losses on one of several replicas, each with its own rows of the batch.
 
 Under plain `jit` every number refers to the global batch. Inside `shard_map` a
-replica sees its own rows only, so sums and means over replicas are explicit.
+replica sees only its own rows, so sums and means over replicas are explicit.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ class Replicas(NamedTuple):
   """The replicas that evaluate a batch together.
 
   Attributes:
-    axis_name: the mapped axis they lie along; None under plain `jit`.
+    axis_name: the mapped axis of the replicas; None under plain `jit`.
   """
 
   axis_name: str | None = None
 
   def mean(self, tree: Any) -> Any:
-    """The mean over replicas, such as of losses, in the leaves' dtypes."""
+    """The mean over replicas, for example of losses, in the leaves' dtypes."""
     if self.axis_name is None:
       return tree
     return jax.tree.map(
@@ -33,11 +33,11 @@ class Replicas(NamedTuple):
     )
 
   def mean_gradients(self, grads: Any) -> Any:
-    """The mean of gradients; raises where they are summed already."""
+    """The mean of gradients; raises if they are already summed."""
     return aggregation.Axes(self.axis_name).average(grads)
 
   def sum(self, tree: Any) -> Any:
-    """The sum over replicas, such as of counts and metrics."""
+    """The sum over replicas, for example of counts and metrics."""
     if self.axis_name is None:
       return tree
     return jax.lax.psum(tree, self.axis_name)
@@ -51,10 +51,10 @@ class Replicas(NamedTuple):
   ) -> Callable[..., Any]:
     """The replica's shares of the losses, whose mean is the global loss.
 
-    A task's loss is the mean over its labels on all replicas. A mean of the
-    replicas' means is another number where some have more labels than others.
-    The factors are inside what is differentiated: where rows of one replica
-    influence another's loss, as by statistics of BatchNorm, no later factor
+    A task's loss is the mean over its labels on all replicas. It differs from
+    the mean of the replicas' means if some have more labels than others. The
+    factors are part of the differentiated function: if rows on one replica
+    influence another's loss, as through BatchNorm's statistics, no later factor
     would be right.
 
     Args:
@@ -62,8 +62,8 @@ class Replicas(NamedTuple):
         the labels of the batch, {task: scalar} or [T].
       names: the tasks.
       label_counts: [T], labels of each task on all replicas.
-      number: of the slices that each replica takes one at a time. They all
-        count alike, whatever labels are in them.
+      number: the number of slices that each replica takes one at a time. All
+        slices have equal weight, regardless of their labels.
 
     Returns:
       The same function of the shares; `loss_fn` itself under plain `jit`.

@@ -1,7 +1,7 @@
 """Gradients of each task, and of a weighted loss, as functions.
 
-`TaskLosses` asks these; they are also for users who want task gradients for an
-optax chain of their own.
+`TaskLosses` calls these. They are also for users who want task gradients for
+their own optax chain.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from mtl_jax.transforms.contract import labels
 
 
 class TaskGrad(NamedTuple):
-  """What `task_grad` returns.
+  """The result of `task_grad`.
 
   Attributes:
     at: `(params, *args) -> ((losses [T], aux), task_grads)`: all tasks at the
@@ -86,32 +86,32 @@ def task_grad(
 
   Args:
     loss_fn: `(params, *args) -> {task: scalar}`, or `(losses, aux)` with
-      `has_aux`. An array [T] is accepted in place of the dictionary; the work
-      of other tasks' heads is then not always left out.
+      `has_aux`. An array [T] is accepted instead of the dictionary; the work
+      for other tasks' heads is then not always skipped.
     task_names: the tasks, in the order of every task axis.
     param_labels: see `mtl_jax.shared_only`. A leaf used by more than one task
       is shared; a task's own leaf must not influence another task's loss.
     engine: how T tasks are evaluated; the numbers are the same. `'unroll'`: one
       after the other in one program, each task's scalar differentiated alone,
-      so that other heads cost nothing. `'vmap'`: batched over tasks; every
-      head is evaluated for every task. `'scan'`: a loop over tasks, each with
-      its own head alone, whose results are written into the stack in place: a
-      flat update needs two stacks of temporary memory instead of three.
-      `'auto'`: `'scan'` on CPU, where it takes less time too for LeNet and for
-      a perceptron of ten tasks and 4 % more for ResNet-18
+      so that other heads cost nothing. `'vmap'`: batched over tasks; every head
+      is evaluated for every task. `'scan'`: a loop over tasks, each with its
+      own head alone, whose results are written into the stack in place: a flat
+      update needs two stacks of temporary memory instead of three. `'auto'`:
+      `'scan'` on CPU, where it also takes less time for LeNet and for a
+      perceptron with ten tasks, and 4 % more for ResNet-18
       (results/benchmarks/joint_update.json); `'unroll'` elsewhere.
-    micro_batches: n; the batch is cut into n slices whose task gradients are
-      averaged by label counts, before anything is made of them. The first of
-      `*args` is the batch: all its leaves [B, ...] are cut, row r going to
-      slice r mod n; `batch['mask'][task]`, where it is there, holds the counts.
-      Other arguments (a key, say) go to each slice as they are. Leaves of aux
-      come back with a leading axis n.
+    micro_batches: n; the batch is cut into n slices, and their task gradients
+      are averaged by label counts before they are returned. The first of
+      `*args` is the batch: all its leaves [B, ...] are cut, and row r goes to
+      slice r mod n. If there is a `batch['mask'][task]`, the labels are counted
+      in it. Other arguments (a key, say) are passed unchanged to each slice.
+      Leaves of aux get a leading axis n.
     has_aux: whether `loss_fn` returns `(losses, aux)`. `at_each` drops aux.
 
   Returns:
     `TaskGrad(at, at_each)`. In task gradients a shared leaf is [T, *shape], a
-    head's leaf [*shape] holds the gradient of its own task's loss, and a
-    frozen leaf is zero.
+    head's leaf [*shape] holds the gradient of its own task's loss, and a frozen
+    leaf is zero.
 
   Raises:
     ValueError: for another engine, `micro_batches` below 1 or that does not
@@ -141,13 +141,13 @@ def task_grad(
 
 
 class WeightedGrad(NamedTuple):
-  """What `weighted_grad` returns.
+  """The result of `weighted_grad`.
 
   Attributes:
-    losses: `(params, batch, *args) -> losses [T]`; forward passes alone.
+    losses: `(params, batch, *args) -> losses [T]`; only forward passes.
     at: `(weigh, params, batch, *args) -> ((losses [T], aux, weighed), grads)`
-      with `weigh(losses [T]) -> (weights [T], anything)`. `weighed` is what
-      `weigh` returned; aux is None without `has_aux`. grads, laid out as the
+      with `weigh(losses [T]) -> (weights [T], anything)`. `weighed` is the
+      result of `weigh`; aux is None without `has_aux`. grads, laid out as the
       parameters, is the gradient of the sum of weights times losses.
   """
 
@@ -167,8 +167,8 @@ def weighted_grad(
   .. math:: \nabla_\theta \sum_i w_i(L)\, L_i(\theta)
 
   One forward and one backward pass; with micro-batches one more forward pass,
-  because weights need the losses of the whole batch before any gradient is
-  scaled by them.
+  because weights need the losses on the whole batch before they scale any
+  gradient.
 
   Args:
     loss_fn: `(params, batch, *args) -> {task: scalar}` (or an array [T]), or
@@ -179,7 +179,7 @@ def weighted_grad(
 
   Returns:
     `WeightedGrad(losses, at)`. The loss of a task whose weight is exactly 0 has
-    no part in the gradient, whatever it is; a weight that is NaN makes the
+    no part in the gradient, even if it is NaN; a weight that is NaN makes the
     gradient NaN.
 
   Raises:
@@ -219,7 +219,7 @@ def _checked(task_names, micro_batches):
 
 
 def _with_aux(loss_fn, has_aux):
-  """The function with a second result in any case; None without `has_aux`."""
+  """The function with an aux result, which is None without `has_aux`."""
 
   def pair(*args):
     out = loss_fn(*args)

@@ -1,7 +1,7 @@
-"""The losses of T tasks on a batch, and every question about them.
+"""The losses of T tasks on a batch, as the object that a joint update asks.
 
-A joint update asks; how the losses are evaluated (engine, slices, replicas,
-layout on a mesh) is decided here, and no method is named.
+This module decides how the losses are evaluated: engine, slices, replicas and
+layout on a mesh. It names no method.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from mtl_jax.transforms.contract import labels
 
 
 class Aux(NamedTuple):
-  """What a loss function returns besides losses.
+  """The results of a loss function besides losses.
 
   Attributes:
-    mean: a tree that is averaged over slices and replicas, such as the state of
-      a model.
+    mean: a tree that is averaged over slices and replicas, such as a model's
+      state.
     sum: a tree that is added up over them, such as sums of metrics.
   """
 
@@ -38,7 +38,7 @@ class Aux(NamedTuple):
 
 
 class Pass(NamedTuple):
-  """What a forward pass returns.
+  """The result of a forward pass.
 
   Attributes:
     losses: [T].
@@ -50,18 +50,19 @@ class Pass(NamedTuple):
 
 
 class Objective(NamedTuple):
-  """A loss function, and the other forms that a model may have of it.
+  """A loss function, and further forms of it that a model may offer.
 
   Attributes:
     loss_fn: `(params, batch, *args) -> losses` or `(losses, Aux)`, with losses
       `{task: scalar}` or [T].
     features_fn: `(params, batch, *args) -> features` or `(features, Aux)`, a
-      tree of floating-point arrays: all that heads take from shared parameters.
+      tree of floating-point arrays, through which alone heads depend on shared
+      parameters.
     head_loss_fn: `(params, features, batch, *args)` -> as `loss_fn`. With
-      features of `features_fn` the losses are those of `loss_fn`. A field of
-      `Aux` may be filled by one of the two functions.
-    dense_loss_fn: `(params, dense, batch, *args)` -> as `loss_fn`, which hands
-      dense layers to `dense(x, w)`; see `mtl_jax.ghost_update`.
+      features from `features_fn` the losses equal those from `loss_fn`. Only
+      one of the two functions may fill a field of `Aux`.
+    dense_loss_fn: `(params, dense, batch, *args)` -> as `loss_fn`, with its
+      dense layers passed to `dense(x, w)`; see `mtl_jax.ghost_update`.
   """
 
   loss_fn: Callable[..., Any]
@@ -72,27 +73,27 @@ class Objective(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TaskLosses:
-  """The T losses and every question that a joint update may ask about them.
+  """The T losses, with a method for every question of a joint update.
 
   Made by `task_losses`; `on` binds it to a batch, which all questions need.
 
-  With `axis_name` the answers of `gradients` and `gradients_each` are the
-  replica's own shares. An aggregator made with that axis averages them, and
-  `over_replicas` completes the pass. The answers of `values` and
-  `weighted_gradient` are complete already.
+  With `axis_name` `gradients` and `gradients_each` return the replica's own
+  shares. An aggregator made with that axis averages them, and `over_replicas`
+  completes the pass. `values` and `weighted_gradient` return complete results.
 
   Attributes:
     objective: the loss function and its other forms.
     task_names: the tasks, in the order of every task axis.
     param_labels: see `mtl_jax.shared_only`.
     engine: see `mtl_jax.task_grad`.
-    micro_batches: the number of slices that a batch is evaluated in.
+    micro_batches: the number of slices in which a batch is evaluated.
     axis_name: the mapped axis of replicas inside `pmap` or `shard_map`.
     place: `TaskGrad -> TaskGrad` that lays task gradients out on a mesh.
-    task_devices: number of devices that share out the tasks.
+    task_devices: number of devices among which the tasks are divided.
     batch: the batch; None before `on`.
     args: further arguments of the loss function.
-    label_counts: [T], labels of each task in the batch, over all devices.
+    label_counts: [T], number of labels for each task in the batch, over all
+      devices.
   """
 
   objective: Objective
@@ -108,11 +109,11 @@ class TaskLosses:
   label_counts: jax.Array | None = None
 
   def on(self, batch: Any, *args: Any) -> 'TaskLosses':
-    """The losses of a batch.
+    """The losses on a batch.
 
     Args:
-      batch: tree of leaves [B, ...]. `batch['mask'][task]`, where it is there,
-        is 1 for a label that is present and 0 for one that is missing.
+      batch: tree of leaves [B, ...]. `batch['mask'][task]` is optional. It is 1
+        for a present label and 0 for a missing one.
       *args: further arguments of the loss function, such as a key.
     """
     counts = slices.label_counts(batch, self.task_names)
@@ -136,10 +137,11 @@ class TaskLosses:
     return self.counts > 0
 
   def split(self, number: int) -> tuple['TaskLosses', ...]:
-    """The losses of independent batches of one size, cut from the batch.
+    """The losses on independent batches of one size, cut from the batch.
 
     Args:
-      number: of batches. A remainder of rows is dropped. 1 is the batch itself.
+      number: the number of batches. A remainder of rows is dropped. 1 gives the
+        batch itself.
     """
     if number == 1:
       return (self,)
@@ -170,7 +172,7 @@ class TaskLosses:
   def gradients_each(
     self, task_params: types.TaskGrads
   ) -> tuple[jax.Array, types.TaskGrads]:
-    """Losses [T] and task gradients, every task at its own parameters.
+    """Losses [T] and task gradients, with every task at its own parameters.
 
     Args:
       task_params: laid out like task gradients: shared leaves [T, *shape].
@@ -185,12 +187,12 @@ class TaskLosses:
     """The gradient of a weighted sum of losses: one backward pass.
 
     Args:
-      weigh: `losses [T] -> (weights [T], anything)`. A loss of weight 0 has no
-        part in the gradient, whatever it is.
+      weigh: `losses [T] -> (weights [T], anything)`. A loss with weight 0 has
+        no part in the gradient, even if it is NaN.
       params: parameters.
 
     Returns:
-      The pass, what `weigh` returned, and the gradient.
+      The pass, the result of `weigh`, and the gradient.
     """
     self.require(
       'a weighted loss', 'the gradient of one loss', task_devices=False
@@ -209,13 +211,13 @@ class TaskLosses:
     return found, weighed, self._replicas.mean_gradients(grads)
 
   def over_replicas(self, found: Pass) -> Pass:
-    """The pass of all replicas together, from the replica's own."""
+    """The pass over all replicas, from this replica's pass."""
     mean, add = self._replicas.mean, self._replicas.sum
     losses, (of_mean, of_sum) = found
     return Pass(mean(losses), Aux(mean(of_mean), add(of_sum)))
 
   def pull_backs(self, params: types.Params, asker: str) -> engines.PullBacks:
-    """One forward pass, to be pulled back one task at a time.
+    """One forward pass, from which one task is pulled back at a time.
 
     Args:
       params: parameters.
@@ -279,7 +281,7 @@ class TaskLosses:
   def dense_losses(
     self, params: types.Params, dense: Callable[..., jax.Array], asker: str
   ) -> tuple[tuple[jax.Array, ...], Any]:
-    """Losses as T scalars, and aux, with dense layers handed to `dense`.
+    """Losses as T scalars, and aux, with dense layers passed to `dense`.
 
     Args:
       params: parameters.
@@ -312,11 +314,11 @@ class TaskLosses:
 
     Args:
       asker: who asks.
-      question: what is asked for.
-      micro_batches: whether it can be answered in slices.
-      replicas: whether it can be answered by replicas.
-      task_devices: whether it can be answered where devices share out tasks.
-      form: the form of the objective that it needs, besides `loss_fn`.
+      question: the result that it asks for.
+      micro_batches: whether slices can answer it.
+      replicas: whether replicas can answer it.
+      task_devices: whether it can be answered with tasks divided among devices.
+      form: the form of the objective that it needs besides `loss_fn`.
 
     Raises:
       ValueError: naming both sides.
@@ -348,7 +350,7 @@ class TaskLosses:
 
   @property
   def _slices(self):
-    """Their number, and whether labels in them are counted."""
+    """The number of slices, and whether their labels are counted."""
     return self.micro_batches, self.axis_name is None
 
   @property
@@ -372,14 +374,14 @@ class TaskLosses:
     return fns if self.place is None else self.place(fns)
 
   def _of_slices(self, aux):
-    """Aux of all slices together."""
+    """Aux over all slices."""
     if self.micro_batches == 1:
       return aux
     return _together(aux)
 
 
 class Boundary(NamedTuple):
-  """Where a model's shared part ends and its heads begin.
+  """The boundary between a model's shared part and its heads.
 
   Attributes:
     losses: the same losses as a function of `params`.
@@ -402,22 +404,22 @@ def task_losses(
   micro_batches: int = 1,
   axis_name: str | None = None,
 ) -> TaskLosses:
-  """The losses of T tasks, for joint updates to ask about.
+  """The losses of T tasks, for joint updates.
 
   Args:
     loss_fn: `(params, batch, *args) -> {task: scalar}` (or an array [T]), each
       the mean over the task's labels in the batch; or `(losses, Aux(mean=...,
-      sum=...))`. An `Objective` where a model has other forms of it.
+      sum=...))`. An `Objective` if the model offers further forms.
     task_names: the tasks, in the order of every task axis.
     param_labels: see `mtl_jax.shared_only`. A leaf that more than one task uses
       is shared.
     engine: see `mtl_jax.task_grad`.
     micro_batches: see `mtl_jax.task_grad`.
-    axis_name: the mapped axis inside `pmap` or `shard_map` whose replicas have
+    axis_name: the mapped axis inside `pmap` or `shard_map`. Its replicas have
       the same parameters and a part of the batch each.
 
   Returns:
-    A `TaskLosses`; `losses.on(batch)` is what a joint update is given.
+    A `TaskLosses`; pass `losses.on(batch)` to a joint update.
 
   Raises:
     ValueError: for another engine or `micro_batches` below 1, at a question for
@@ -445,15 +447,15 @@ def task_losses(
 
 
 def combined(parts: Sequence[TaskLosses], passes: Sequence[Pass]) -> Pass:
-  """Losses and aux of a batch, from those of independent parts.
+  """Losses and aux on a batch, from those on independent parts.
 
   Args:
-    parts: of `TaskLosses.split`.
-    passes: the pass of each.
+    parts: the result of `TaskLosses.split`.
+    passes: the pass of each part.
 
   Returns:
-    Losses weighted by the labels in the parts, and their aux together; the
-    replica's own, as the passes are.
+    Losses weighted by the labels in the parts, and their combined aux. They are
+    local to the replica, like the passes.
   """
   if len(parts) == 1:
     return passes[0]
@@ -473,7 +475,7 @@ def _together(aux):
 
 
 def _merged(first, second):
-  """One `Aux` of two, of which each fills other fields."""
+  """One `Aux` from two, each of which fills other fields."""
   empty = lambda x: isinstance(x, tuple) and not x
   for name, *both in zip(Aux._fields, first, second, strict=True):
     if not any(map(empty, both)):
@@ -484,7 +486,7 @@ def _merged(first, second):
 
 
 def _pair_of(fn):
-  """The function, with an `Aux` in any case."""
+  """The function with an `Aux`, which may be empty."""
 
   def pair(*args):
     out = fn(*args)

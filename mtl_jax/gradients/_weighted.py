@@ -1,7 +1,7 @@
-"""The gradient of a weighted loss: one backward pass, however many tasks.
+"""The gradient of a weighted loss: one backward pass for any number of tasks.
 
-Loss weightings need it and nothing else. The weights may depend on the losses
-of the same forward pass; they are constants of the differentiation.
+Loss weightings need nothing else. The weights may depend on the losses from the
+same forward pass; they are constants in the differentiation.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def weighted(
   params: types.Params,
   *args: Any,
 ) -> tuple[tuple[jax.Array, Any, Any], types.Params]:
-  """Losses [T], aux, what `weigh` returned, and the gradient."""
+  """Losses [T], aux, the result of `weigh`, and the gradient."""
   program = _programs.Program(
     lambda params: loss_fn(params, *args), names, params
   )
@@ -44,7 +44,7 @@ def values(
   params: types.Params,
   *args: Any,
 ) -> jax.Array:
-  """Losses [T], forward alone; their derivatives skip absent tasks."""
+  """Losses [T] from a forward pass; their derivatives skip absent tasks."""
   if active is None:
     losses, _ = loss_fn(params, *args)
   else:
@@ -64,7 +64,7 @@ def sliced_values(
   batch: Any,
   *args: Any,
 ) -> jax.Array:
-  """`values` of a batch in slices, one at a time."""
+  """`values` for a batch in slices, one at a time."""
 
   def one(piece_and_share):
     piece, share = piece_and_share
@@ -73,7 +73,7 @@ def sliced_values(
 
   pieces = slices.cut(batch, number)
   shares = slices.shares(pieces, names, weigh_slices)
-  # A sum in order, as over the slices of a second pass.
+  # A sum in order, like the sum over slices in a second pass.
   return jnp.sum(jax.lax.map(one, (pieces, shares)), axis=0)
 
 
@@ -87,7 +87,7 @@ def sliced_weighted(
   batch: Any,
   *args: Any,
 ) -> tuple[tuple[jax.Array, Any, Any], types.Params]:
-  """`weighted` of a batch in slices; leaves of aux have a leading axis."""
+  """`weighted` for a batch in slices; leaves of aux have a leading axis."""
   whole = sliced_values(
     loss_fn, names, number, weigh_slices, params, batch, *args
   )
@@ -98,7 +98,7 @@ def sliced_weighted(
     (losses, aux, _), grads = weighted(
       loss_fn, names, lambda _: (own, None), params, piece, *args
     )
-    # Sums of many numbers in half precision would lose most of the last ones.
+    # Sums of many numbers in half precision would lose the last ones.
     wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
     losses = jnp.where(share > 0, share * losses, 0)
     return (losses, jax.tree.map(wide, grads)), aux

@@ -1,7 +1,7 @@
-"""Which arguments a function has a derivative in, as tracing alone tells.
+"""Dependencies of a function on its arguments, found by tracing alone.
 
-A function that takes parameters by more than one way can lose a gradient in
-silence. Nothing is computed to find out.
+A function that takes parameters in more than one way can silently lose a
+gradient. The check computes nothing.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def check_independent(
   rule: str, fn: Callable[[Any], Any], tree: Any, paths: Any
 ) -> None:
   """Raises, with the rule, if `fn` has a derivative in a leaf of `tree`."""
-  # One trace where all is well.
+  # A single trace if all is well.
   if not _depends(fn, tree):
     return
   leaves, structure = jax.tree.flatten(tree)
@@ -37,7 +37,7 @@ def check_independent(
 
 
 def _depends(fn: Callable[[Any], Any], x: Any) -> bool:
-  """Whether `fn` has a derivative in `x`, as tracing alone tells."""
+  """Whether `fn` has a derivative in `x`, found by tracing alone."""
   found = []
 
   @jax.custom_jvp
@@ -56,7 +56,7 @@ def _depends(fn: Callable[[Any], Any], x: Any) -> bool:
 
 
 def needed(fn: Callable[..., Any], *args: Any) -> Any:
-  """Which leaves of the result are computed from the arguments at all.
+  """Finds the leaves of the result that depend on the arguments.
 
   Args:
     fn: a function of arrays.
@@ -64,7 +64,7 @@ def needed(fn: Callable[..., Any], *args: Any) -> Any:
 
   Returns:
     A tree of bools, laid out like the result. A loop or call counts as one
-    operation, all of whose results need all that it is given.
+    operation, all of whose results need all of its arguments.
   """
   closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
   reached = set(closed.jaxpr.invars)

@@ -1,4 +1,4 @@
-"""How the gradients of T tasks are evaluated: in turn, or at once.
+"""Engines that evaluate the gradients of T tasks in turn or at once.
 
 The numbers are the same for every engine; time and memory are not.
 """
@@ -26,13 +26,13 @@ Own = tuple[list[Any], list[Any]]
 
 
 class Linear(NamedTuple):
-  """One forward pass of all tasks, to be pulled back as often as wanted.
+  """One forward pass of all tasks, with any number of pull-backs.
 
   Attributes:
     losses: [T].
-    aux: what the function returned besides.
+    aux: the second result of the function.
     task: `i -> (shared leaves, leaves of head i)`, the gradient of loss i.
-    together: `() -> shared leaves [T, ...]`, all of them batched over tasks.
+    together: `() -> shared leaves [T, ...]`, all tasks in one batched pass.
     weighted: `weights [T] -> shared leaves`, the gradient of a weighted sum.
   """
 
@@ -44,7 +44,7 @@ class Linear(NamedTuple):
 
 
 class PullBacks(NamedTuple):
-  """A `Linear` of parameters, and what belongs to it.
+  """A `Linear` in the parameters, with the functions around it.
 
   Attributes:
     linear: the forward pass.
@@ -61,7 +61,7 @@ class PullBacks(NamedTuple):
 
 
 def platform_engine(engine: str) -> str:
-  """The engine that `'auto'` stands for here; any other is itself."""
+  """The engine that `'auto'` means on this platform, or the given engine."""
   if engine != 'auto':
     return engine
   return 'scan' if jax.default_backend() == 'cpu' else 'unroll'
@@ -77,16 +77,16 @@ def linearized(
 
   Args:
     f: `(shared, heads) -> (losses, aux)`, losses {task: scalar} or [T].
-    partition: of the parameters, for the names and paths of heads.
+    partition: the parameters' partition, for names and paths of heads.
     shared: leaves that all tasks may use.
-    heads: {task: leaves} that this task alone may use.
+    heads: {task: leaves} that only this task may use.
 
   Returns:
     A `Linear`.
 
   Raises:
     ValueError: for losses that are not one scalar a task; when a task is pulled
-      back, if its loss depends on the head of another one.
+      back, if its loss depends on another task's head.
   """
   names = partition.task_names
 
@@ -104,8 +104,8 @@ def linearized(
     leaves = [own.leaves[k] for k in loss.places]
     if not leaves:
       return own.gradient(i, {})
-    # All tangents are arguments: numbers in the place of one, zeros included,
-    # would be computed with, and custom gradients refuse them.
+    # All tangents are arguments. XLA would compute with constants in their
+    # place, even with zeros, and custom gradients refuse them.
     transposed = jax.linear_transpose(loss.run, *leaves)
     one = jnp.ones_like(out[names[i]] if isinstance(out, Mapping) else out[i])
     found = dict(zip(loss.places, transposed(one), strict=True))
@@ -157,7 +157,7 @@ def at(
   params: types.Params,
   *args: Any,
 ) -> tuple[tuple[jax.Array, Any], types.TaskGrads]:
-  """Losses [T], aux and task gradients, all tasks at the same parameters."""
+  """Losses [T], aux and task gradients of all tasks at the same parameters."""
   found = pull_backs(loss_fn, names, param_labels, params, *args)
   shared, heads, frozen = found.params
   linear, size = found.linear, len(names)
@@ -206,7 +206,7 @@ def at_each(
       traced.loss(i)  # Raises for another task's head.
 
     def total(stack, heads):
-      # The index keeps the map alive where nothing is shared.
+      # The index keeps the map alive if nothing is shared.
       each = jax.vmap(
         lambda i, shared: jnp.stack(as_scalars(f(shared, heads)[0], names))[i]
       )
@@ -258,11 +258,11 @@ def _evaluation(f, partition, shared, heads):
 
 
 class _Owned:
-  """A program of all losses, and which task each of its arguments is of.
+  """A program of all losses that knows the task of each argument.
 
   Args:
     fn: the function of the program, `(shared, heads) -> (losses, aux)`.
-    losses_fn: the losses themselves, of which `fn` may be the derivative.
+    losses_fn: the losses themselves; `fn` may be their derivative.
     partition: of the parameters.
     shared: leaves that all tasks may use.
     heads: {task: leaves}.
@@ -311,7 +311,7 @@ class _Owned:
     return loss
 
   def with_own(self, i, shared, head):
-    """The flattened arguments with other shared leaves and another head i."""
+    """The flattened arguments with new shared leaves and a new head i."""
     start = self._start[self._partition.task_names[i]]
     rest = self.leaves[len(shared) :]
     given = [*shared, *rest]
@@ -319,7 +319,7 @@ class _Owned:
     return given
 
   def gradient(self, i, found):
-    """Task i's gradient from `{place: gradient}`; zeros where there is none."""
+    """Task i's gradient from `{place: gradient}`; zeros for missing places."""
     start = self._start[self._partition.task_names[i]]
     head = self._heads[self._partition.task_names[i]]
     pick = lambda leaves, start: [
@@ -330,7 +330,7 @@ class _Owned:
 
 
 def as_scalars(losses: Any, names: tuple[str, ...]) -> tuple[jax.Array, ...]:
-  """Losses, as a loss function returns them, in the order of the tasks."""
+  """The losses from a loss function, in the order of the tasks."""
   if isinstance(losses, Mapping):
     if set(losses) != set(names):
       raise ValueError(
@@ -361,15 +361,15 @@ def _scan_tasks(
   heads: Mapping[str, Any],
   loss: Any,
 ) -> tuple[jax.Array, Any, dict[str, Any]]:
-  """A loop over tasks that writes each result in the place of its input.
+  """A loop over tasks that overwrites each input with its result.
 
   Args:
     of_task: `(i, row i of stack) -> (loss, shared gradient, head gradient)`
       with i a Python integer.
     names: the tasks.
     stack: leaves [T, ...]; row i becomes the shared gradient of task i, so that
-      there is one stack and not two.
-    heads: {task: leaves}, of the shapes of the head gradients.
+      there is only one stack.
+    heads: {task: leaves}, with the shapes of the head gradients.
     loss: a loss, or its shape and dtype.
 
   Returns:
@@ -403,7 +403,7 @@ class _Kinds:
   """Heads whose leaves have the same shapes and dtypes, stacked.
 
   Every branch of a loop over tasks returns the same structure. With a place for
-  each task's head that is the square of T in all.
+  each task's head, memory would grow as the square of T.
   """
 
   def __init__(self, names: tuple[str, ...], heads: Mapping[str, Any]):
@@ -413,14 +413,14 @@ class _Kinds:
       found.setdefault(kind(task), []).append(task)
     self._members = list(found.values())
     self._kind_of = [list(found).index(kind(task)) for task in names]
-    # Where in its kind each task is.
+    # The position of each task in its kind.
     self._place_of = np.zeros(len(names), np.int32)
     for i, task in enumerate(names):
       self._place_of[i] = self._members[self._kind_of[i]].index(task)
     self._heads = heads
 
   def empty(self):
-    """What `write` fills: for each kind leaves [tasks of that kind, ...]."""
+    """The stacks for `write`: for each kind leaves [tasks in it, ...]."""
     return [
       [_zeros_like(x, len(members)) for x in self._heads[members[0]]]
       for members in self._members
@@ -461,6 +461,6 @@ class _Kinds:
 
 
 def _zeros_like(x: Any, size: int) -> jax.Array:
-  """Zeros [size, *x.shape] that vary over the mapped axes that `x` does."""
+  """Zeros [size, *x.shape] that vary over the same mapped axes as `x`."""
   # A loop's carry must, inside shard_map(check_vma=True).
   return jnp.broadcast_to(jnp.zeros_like(x)[None], (size, *x.shape))

@@ -1,7 +1,7 @@
-"""A batch in slices, and the labels of each task in them.
+"""Slices of a batch, and the labels of each task in them.
 
-Micro-batches and independent batches are slices. Labels are counted here, for
-everyone who weighs slices or replicas by them or asks which tasks are present.
+Micro-batches and independent batches are slices. This module also counts
+labels, which weigh slices and replicas and show which tasks are present.
 """
 
 from collections.abc import Mapping
@@ -14,20 +14,20 @@ import jax.numpy as jnp
 def cut(batch: Any, number: int, argument: str = 'micro_batches') -> Any:
   """Cuts a batch into slices.
 
-  Neighbouring rows lie on one device where the batch is sharded. Every n-th
-  row goes to the same slice, so each slice is spread over all devices.
+  In a sharded batch neighbouring rows are on one device. Every n-th row goes to
+  the same slice, so each slice is spread over all devices.
 
   Args:
     batch: tree of leaves [B, ...].
-    number: of slices; must divide B.
-    argument: what the number is called in an error.
+    number: the number of slices; must divide B.
+    argument: the name of the number in an error.
 
   Returns:
     The tree with leaves [number, B / number, ...]; row r of the batch is in
     slice r mod number.
 
   Raises:
-    ValueError: if a leaf cannot be cut; names its shape.
+    ValueError: if a leaf cannot be cut; the message names its shape.
   """
 
   def cut_leaf(x):
@@ -47,7 +47,8 @@ def independent(batch: Any, number: int) -> list[Any]:
 
   Args:
     batch: tree of leaves [B, ...].
-    number: of batches, at most B. The last B mod number rows are dropped.
+    number: the number of batches, at most B. The last B mod number rows are
+      dropped.
 
   Returns:
     Trees of leaves [B // number, ...].
@@ -69,7 +70,7 @@ def independent(batch: Any, number: int) -> list[Any]:
 
 
 def masks(batch: Any, task_names: tuple[str, ...]) -> dict[str, Any]:
-  """The masks of a batch by task, of those tasks that have one.
+  """The masks in a batch by task, for the tasks that have one.
 
   Args:
     batch: any tree. Its masks are `batch['mask'][task]`, or attributes of these
@@ -117,10 +118,10 @@ def label_counts(batch: Any, task_names: tuple[str, ...]) -> jax.Array:
 def shares(
   pieces: Any, task_names: tuple[str, ...], weigh: bool = True
 ) -> jax.Array:
-  """The share of each task's labels that each slice holds.
+  """The share of each task's labels in each slice.
 
   Args:
-    pieces: a batch as `cut` returns it, leaves [N, ...].
+    pieces: a batch from `cut`, leaves [N, ...].
     task_names: the tasks.
     weigh: whether labels count at all; otherwise every share is 1 / N.
 

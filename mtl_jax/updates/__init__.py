@@ -1,6 +1,6 @@
-"""Joint updates: the losses of all tasks in, one gradient out.
+"""Joint updates from the losses of all tasks to one gradient.
 
-Needs jax, numpy and optax, and of this project `types`, `transforms` and
+Needs jax, numpy and optax, and from this project `types`, `transforms` and
 `gradients`.
 """
 

@@ -1,8 +1,8 @@
-"""The joint update from task gradients at the features: one pull-back in all.
+"""The joint update from task gradients at the features, with one pull-back.
 
-Where the shared part of a model is a trunk that ends in features, the trunk is
-the expensive part of T backward passes. Here tasks are combined at the features
-and the trunk is pulled back once, however many tasks there are.
+If the shared part of a model is a trunk that ends in features, the trunk is the
+expensive part of T backward passes. Here tasks are combined at the features,
+and the trunk is pulled back once for any number of tasks.
 """
 
 from collections.abc import Sequence
@@ -33,43 +33,42 @@ def feature_update(
     z_i = \nabla_Z L_i, \qquad
     d = \Big(\frac{\partial Z}{\partial \theta}\Big)^\top A(z_1, \dots, z_T)
 
-  With a forward pass as 1 and a backward pass as 2 this takes 3 and T small
-  passes through heads, where task gradients of parameters take :math:`1 + 2 T`.
+  With a forward pass as 1 and a backward pass as 2 this takes 3, and T small
+  passes through heads. Task gradients of parameters take :math:`1 + 2 T`.
 
-  It is another method than the aggregator on gradients of parameters, with
-  other weights. The features of a batch are [B, ...] and :math:`z_i` holds the
-  gradient of every example, so inner products are sums over examples: those of
-  different examples never meet, and tasks that conflict in the mean over the
-  batch may agree in each example. With the Jacobian :math:`J` of the features,
-  gradients of parameters are :math:`g_i = J^\top z_i` and
+  It differs from the aggregator on gradients of parameters and has other
+  weights. The features of a batch are [B, ...] and :math:`z_i` holds the
+  gradient for every example, so inner products are sums over examples.
+  Gradients for different examples never meet, and tasks that conflict in the
+  mean over the batch may agree in each example. With the Jacobian :math:`J` of
+  the features, gradients of parameters are :math:`g_i = J^\top z_i` and
 
   .. math::
     \Big| \sum_i w_i g_i \Big| \le |J| \, \Big| \sum_i w_i z_i \Big|
 
-  of which MGDA makes the right side small (hence the name, an upper bound).
-  Where :math:`J J^\top` is a multiple of the identity, methods that look at
-  inner products alone and have degree 1 give what they give on gradients of
-  parameters. A linear aggregator does so for every trunk.
+  MGDA minimises the right side (hence the name, an upper bound). If :math:`J
+  J^\top` is a multiple of the identity, methods that use only inner products
+  and have degree 1 give the same result as on gradients of parameters. A linear
+  aggregator does so for every trunk.
 
   Args:
-    aggregator: any that keeps nothing of the features' shape and needs no
+    aggregator: any that keeps no state with the features' shape and needs no
       `extra_grads`. Its random draws are for features.
     task_names: the tasks, in the order of every task axis.
     head_scale: see `shared_only`.
-    param_labels: see `shared_only`; the same that the losses were made with.
-      Losses may depend on shared leaves through the features alone, and
-      features on no head's leaf; both are checked.
+    param_labels: see `shared_only`; the same as for the losses. Losses may
+      depend on shared leaves only through the features, and features may not
+      depend on a head's leaf; both are checked.
 
   Returns:
     A joint update for losses whose `Objective` has `features_fn` and
-    `head_loss_fn`. Its state is that of the aggregator; it holds for any batch
-    size.
+    `head_loss_fn`. Its state is the aggregator's and fits any batch size.
 
   Raises:
     ValueError: for an aggregator that needs further stacks or has axes; at
-      `init` for one that keeps something of the features' shape; at `update`
-      for features that are no floating-point arrays and, naming the leaves,
-      where one of the functions uses the parameters of the other.
+      `init` for one that keeps a state with the features' shape; at `update`
+      for features that are not floating-point arrays, and if one of the
+      functions uses the other's parameters; the message names the leaves.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -102,7 +101,7 @@ def feature_update(
     )
   if inner.axes != aggregation.Axes():
     raise ValueError(f'aggregator must have no axes, got {inner.axes}')
-  # The features take the place of the shared parameters.
+  # The features replace the shared parameters.
   joint = _stack.stack_update(shared_only(inner, names, head_scale=head_scale))
 
   def init(params):

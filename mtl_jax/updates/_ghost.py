@@ -1,9 +1,8 @@
-"""Updates of Gram-based methods without the task gradients of dense layers.
+"""Updates from Gram-based methods without task gradients of dense layers.
 
-The inner product of two tasks' gradients of a layer follows from what comes
-into the layer and what comes back to its outputs. Where a layer has more inputs
-and outputs than there are rows to multiply, that is less work and less memory
-than the gradients.
+The inner product of two tasks' gradients in a layer follows from the layer's
+inputs and from the cotangents at its outputs. If a layer has more inputs and
+outputs than rows, this takes less work and less memory than the gradients.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from mtl_jax.updates import _ghost_layers
 from mtl_jax.updates import _gram_based
 from mtl_jax.updates import _joint
 
-# The part of a sum below which float32 leaves a few per cent of it, or nothing.
+# The share of a sum below which float32 keeps it to a few per cent or worse.
 _RESOLUTION = 1e-6
 
 
@@ -33,49 +32,49 @@ def ghost_update(
   flat: Perturbation | None = None,
   head_scale: str | None = None,
 ) -> _joint.JointUpdate:
-  r"""The update of a Gram-based method, from inputs and cotangents of layers.
+  r"""The update from a Gram-based method, by inputs and cotangents of layers.
 
-  With the rows :math:`X` [N, in] that come into a dense layer, N the batch
-  times positions, and the gradients :math:`D_i` [N, out] of task i's loss at
-  its outputs, the gradient of its weights is :math:`X^\top D_i`, and
+  Let :math:`X` [N, in] be the input rows of a dense layer, with N the batch
+  times positions, and :math:`D_i` [N, out] the gradient of task i's loss at its
+  outputs. Then the gradient of its weights is :math:`X^\top D_i`, and
 
   .. math::
     \langle X^\top D_i, X^\top D_j \rangle = \langle D_i, X X^\top D_j \rangle,
     \qquad \sum_i w_i X^\top D_i = X^\top \sum_i w_i D_i
 
   so that T gradients of the weights are never formed. With `flat` it is the
-  update of `flat_minima(combine='separate')`. Where :math:`X` comes from the
-  batch alone, as in a first layer, task i's perturbation of the weights adds
+  update of `flat_minima(combine='separate')`. If :math:`X` depends only on the
+  batch, as in a first layer, task i's perturbation of the weights adds
 
   .. math::
     \frac{\rho}{|g_i|} \, X X^\top D_i
 
-  to the outputs, whose product is already there: neither perturbed weights nor
-  a second product with them is needed.
+  to the outputs. This product is already available, so neither perturbed
+  weights nor a second product with them is needed.
 
-  A layer is treated so where it takes fewer operations: plain for :math:`N (in
-  + T\, out) \le (T - 1)\, in\, out`; with `rho` for :math:`N (in + 2 T\, out)
-  \le (3 T - 1)\, in\, out`, and where its inputs are the same at all
-  parameters. Others, and all leaves outside of dense layers, have task
-  gradients as in `task_grad`. The numbers are those of the aggregator on task
-  gradients.
+  A layer is treated this way if it takes fewer operations: plain for :math:`N
+  (in + T\, out) \le (T - 1)\, in\, out`; with `rho` for :math:`N (in + 2 T\,
+  out) \le (3 T - 1)\, in\, out`, and if its inputs are the same at all
+  parameters. Other layers, and all leaves outside dense layers, have task
+  gradients as in `task_grad`. The result is the same as from the aggregator on
+  task gradients.
 
   With a forward pass as 1 and a backward pass as 2 the plain update takes up to
   :math:`1 + 2 T` and, where N is small, about :math:`2 + T`: T passes for the
-  cotangents and one for the weights. Of the :math:`1 + 5 T` of a flat update a
-  first layer's part, :math:`1 + 3 T`, takes about 2 where N is small. Such a
-  layer holds T cotangents (3 T when flat) in place of T gradients of its
-  weights. Where the rows of a gradient cancel to a part c of their length, the
-  relative error of its inner products may reach that of float32 over
-  :math:`c^2`, for the gradient over c; a task whose gradient cancels to
-  rounding so (:math:`c^2 < 10^{-6}`) is not perturbed.
+  cotangents and one for the weights. In a flat update (:math:`1 + 5 T`) a first
+  layer's part is :math:`1 + 3 T`; here it takes about 2 where N is small. Such
+  a layer holds T cotangents (3 T when flat) instead of T gradients of its
+  weights. If the rows of a gradient cancel to a fraction c of their length, the
+  relative error of its inner products may reach float32's over :math:`c^2`,
+  while the gradient's error is float32's over c. A task whose gradient cancels
+  to rounding in this way (:math:`c^2 < 10^{-6}`) is not perturbed.
 
   The losses' `Objective` has `dense_loss_fn(params, dense, batch, *args)`, in
-  which `dense(x [..., in], w [in, out])` is `x @ w` in the dtype of x, for a
-  shared leaf w just as it stands in params, once a leaf and not inside of jit,
-  vmap, checkpoint or a loop. For a flax model `mtl_jax.models.intercept_dense`
-  hands its layers to `dense`. The gradient of an absent task's loss must be
-  finite or is dropped.
+  which `dense(x [..., in], w [in, out])` is `x @ w` in the dtype of x. Here w
+  must be an unchanged shared leaf from params; each leaf may be used once, and
+  not inside jit, vmap, checkpoint or a loop. For a flax model
+  `mtl_jax.models.intercept_dense` passes its layers to `dense`. The gradient of
+  an absent task's loss must be finite or is dropped.
 
   Args:
     aggregator: see `gram_update`.
@@ -159,7 +158,7 @@ def ghost_update(
     )
 
     taps = {i: jnp.zeros(y.shape, y.dtype) for i, y in ghosts.items()}
-    # All tasks may use the other shared leaves, and the taps.
+    # All tasks may use the other shared leaves and the taps.
     together, structure = jax.tree.flatten((others, taps))
 
     def losses_of(together, heads):
@@ -189,8 +188,7 @@ def ghost_update(
     flat_state, terms, of_heads = state.flat, [(w, found)], found
 
     if flat is not None:
-      # Of a gradient that cancels to rounding neither length nor direction are
-      # known.
+      # A gradient that cancels to rounding has no known length or direction.
       squares = jnp.diagonal(gram)
       known_length = ~(squares <= _RESOLUTION * sizes)
       scales = ball.step_sizes(

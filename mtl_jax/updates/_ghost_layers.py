@@ -1,4 +1,4 @@
-"""Dense layers of which task gradients are not formed, for `ghost_update`."""
+"""Dense layers without task gradients of their weights, for `ghost_update`."""
 
 from collections.abc import Collection
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ class Gradient(NamedTuple):
   """A task's gradient.
 
   Attributes:
-    others: of shared leaves, `{number: array}`.
-    cotangents: at the outputs of layers whose weights have none formed.
-    head: of the leaves of the task's own head.
+    others: gradients of shared leaves, `{number: array}`.
+    cotangents: cotangents at the outputs of layers without weight gradients.
+    head: gradients of the leaves in the task's own head.
   """
 
   others: Mapping[int, jax.Array]
@@ -30,10 +30,10 @@ class Gradient(NamedTuple):
 
 
 class Layers:
-  """What a loss function is given as `dense`.
+  """The `dense` argument of a loss function.
 
   Attributes:
-    inputs: {number of the shared leaf: x}, of all calls.
+    inputs: {number of the shared leaf: x}, from all calls.
     outputs: {number of the shared leaf: x @ w}.
   """
 
@@ -57,7 +57,7 @@ class Layers:
     (number,) = where
     self.inputs[number] = x
     if number in self._ghosts:
-      # Its gradient is made from the cotangents of the tap.
+      # Its gradient comes from the cotangents at the tap.
       w = jax.lax.stop_gradient(w)
     y = x @ w.astype(x.dtype)
     self.outputs[number] = y
@@ -65,7 +65,7 @@ class Layers:
 
 
 class Kernel:
-  """Products of a layer's inputs with each other, and what they are for.
+  """Products of a layer's inputs with each other, and their uses.
 
   Attributes:
     x: inputs [..., in] of the layer, as rows [N, in].
@@ -112,7 +112,7 @@ def ghosts_of(evaluate, shared, heads, size, is_flat):
 
 def _is_less(rows, inputs, outputs, size, is_flat):
   """Whether products of inputs take fewer operations than task gradients."""
-  # Flat: products with both cotangents, beside two gradients and a product
+  # Flat: products with both cotangents, against two gradients and a product
   # with perturbed weights.
   passes, formed = (2, 3) if is_flat else (1, 1)
   with_kernel = rows * (inputs + passes * size * outputs)
@@ -120,7 +120,7 @@ def _is_less(rows, inputs, outputs, size, is_flat):
 
 
 def gram_of(kernels, grads):
-  """Gram matrix [T, T] of task gradients, and what they move outputs by.
+  """Gram matrix [T, T] of task gradients, and the outputs' shifts by them.
 
   Args:
     kernels: `{layer: Kernel}`.
@@ -147,7 +147,7 @@ def gram_of(kernels, grads):
 
 
 def weighted_sum(weights, grads):
-  """The weighted sum over tasks, of all but heads."""
+  """The weighted sum over tasks, without heads."""
 
   def combine(*rows):
     wide = algebra.wide(rows[0].dtype)

@@ -1,8 +1,8 @@
-"""Updates of Gram-based methods that never hold a stack of task gradients.
+"""Updates from Gram-based methods without a stack of task gradients.
 
-A method that is a map from the Gram matrix to weights needs no T gradients at
-once: entries of the matrix take two at a time, and the update is one gradient
-of the weighted loss. Memory is traded for backward passes.
+A map from the Gram matrix to weights does not need T gradients at once: an
+entry of the matrix takes two, and the update is one gradient of the weighted
+loss. This saves memory at the price of backward passes.
 """
 
 from collections.abc import Callable
@@ -30,39 +30,39 @@ def gram_update(
   flat: Perturbation | None = None,
   head_scale: str | None = None,
 ) -> _joint.JointUpdate:
-  r"""The update of a Gram-based method, for models too large for a stack.
+  r"""The update from a Gram-based method, for models too large for a stack.
 
   .. math::
     G_{ij} = \langle g_i, g_j \rangle, \qquad
     d = \nabla_\theta \sum_i w_i(G)\, L_i
 
-  with each :math:`g_i` pulled back anew for every entry. With `flat` it is the
+  with each :math:`g_i` pulled back again for every entry. With `flat` it is the
   update of `flat_minima(combine='separate')`: the same with the flat gradients
   :math:`h_i`, whose weights :math:`v` make :math:`\sum_i v_i h_i` the second
   part.
 
-  What costs what, with a forward pass as 1 and a backward pass as 2, and copies
-  of the shared parameters beside activations and the result:
+  The costs are below, with a forward pass as 1 and a backward pass as 2. Memory
+  is in copies of the shared parameters, besides activations and the result:
 
   * the stack: time :math:`1 + 2 T`, memory :math:`T` copies;
     in `flat_minima` :math:`1 + 5 T` and :math:`2 T + 1`;
   * here: time :math:`3 + T (T + 1)`, memory 2;
     with `flat` :math:`1 + 7 T (T + 1) / 2 + 5 T` and 4.
 
-  It is for few tasks and parameters that leave no room for T gradients.
+  It is for few tasks, and for parameters that leave no room for T gradients.
 
   Args:
-    aggregator: one that looks at inner products alone (`Aggregator.weigh`): all
-      but `graddrop`, `trimmed_mean`, those that track gradients, and those with
-      `extra_grads`.
+    aggregator: one that uses only inner products (`Aggregator.weigh`): all
+      except `graddrop`, `trimmed_mean`, those that track gradients, and those
+      with `extra_grads`.
     task_names: the tasks, in the order of every task axis.
     flat: the perturbation of flat minima; None for a plain update.
-    head_scale: see `shared_only`, and with `flat` `flat_minima`, whose defaults
-      these are.
+    head_scale: see `shared_only` or, with `flat`, `flat_minima`; the defaults
+      are theirs.
 
   Returns:
     A joint update with a `GramUpdateState`. The gradient of an absent task's
-    loss must be finite, as that of a masked mean is.
+    loss must be finite, as a masked mean's is.
 
   Raises:
     ValueError: for an aggregator that needs more than inner products; at
@@ -116,7 +116,7 @@ def gram_update(
     ]
     flat_state = state.flat
     if flat is None:
-      # A weighted sum of the losses, with what the forward pass has left.
+      # A weighted sum of the losses, from the stored forward pass.
       of_shared = linear.weighted(w)
       own = {t: of_head(i, linear.task(i)[1]) for i, t in enumerate(names)}
     else:

@@ -1,7 +1,7 @@
-"""Updates that need no more of the task gradients than a Gram matrix.
+"""Updates that need only the Gram matrix of the task gradients.
 
-A method that is a map from the Gram matrix to weights can do without a stack of
-task gradients. `_gram` and `_ghost` differ in how they find the matrix.
+A method that maps the Gram matrix to weights does not need a stack of task
+gradients. `_gram` and `_ghost` differ in how they compute the matrix.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from mtl_jax.transforms.wrappers import ball
 class GramUpdateState(NamedTuple):
   """State of `gram_update` and `ghost_update`.
 
-  `mtl_jax.diagnostics` shows what is in it.
+  `mtl_jax.diagnostics` shows its contents.
 
   Attributes:
     loss: the aggregator's state for the loss gradients.
@@ -36,7 +36,7 @@ class GramUpdateState(NamedTuple):
 
 
 class Given(NamedTuple):
-  """What weights are found from, besides a Gram matrix.
+  """The input for weights besides a Gram matrix.
 
   Attributes:
     losses: [T], 1 for absent tasks.
@@ -48,7 +48,7 @@ class Given(NamedTuple):
 
 
 class GramMethod:
-  """An aggregator that is a map from the Gram matrix to weights.
+  """An aggregator that maps the Gram matrix to weights.
 
   Attributes:
     flat: the perturbation of flat minima; None for a plain update.
@@ -109,9 +109,9 @@ class GramMethod:
 
     Args:
       gram_of_flat: Gram matrix [T, T] of the flat gradients.
-      gram: that of the loss gradients.
+      gram: Gram matrix [T, T] of the loss gradients.
       state: the aggregator's state for the flat gradients.
-      given: losses and presence.
+      given: losses and present tasks.
       shared: leaves of the shared parameters, for their dtypes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The contract of a joint update: T losses in, one gradient out."""
+"""The contract of a joint update, from T losses to one gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,12 @@ from mtl_jax import types
 
 
 class Found(NamedTuple):
-  """What a joint update makes of the losses of a batch.
+  """The result of a joint update for the losses on a batch.
 
   Attributes:
     grads: laid out as the parameters; for any optax transformation.
-    losses: [T], unperturbed, of the whole batch on all devices.
-    aux: `gradients.Aux` of the unperturbed pass, likewise.
+    losses: [T], unperturbed, for the global batch.
+    aux: `gradients.Aux` of the unperturbed pass, also for the global batch.
   """
 
   grads: types.Params
@@ -25,16 +25,16 @@ class Found(NamedTuple):
 
 
 class JointUpdate(NamedTuple):
-  """T losses made into one gradient; a pair of pure functions.
+  """A map from T losses to one gradient, as pure functions.
 
   Attributes:
     init: `params -> state`.
     update: `(losses, params, state) -> (Found, state)`, with losses a
-      `TaskLosses` that is bound to a batch. Raises a ValueError, which names
-      both sides, for a question that those losses do not answer.
+      `TaskLosses` that is bound to a batch. Raises a ValueError for a question
+      that those losses do not answer; the message names both sides.
     after_step: `(new_losses [T], state, *, active=None) -> state`, with the
-      losses of the same batch after the parameters have moved; None for a
-      method that does not look at them.
+      losses for the same batch after the parameters have moved; None for a
+      method that does not use them.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax, optax

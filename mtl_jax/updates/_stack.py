@@ -1,4 +1,4 @@
-"""The joint update from a stack of task gradients: any transformation."""
+"""The joint update from a stack of task gradients, by any transformation."""
 
 import jax.numpy as jnp
 import optax
@@ -9,20 +9,20 @@ from mtl_jax.updates import _joint
 
 
 def stack_update(tx: optax.GradientTransformation) -> _joint.JointUpdate:
-  """The update that a transformation makes of all task gradients.
+  """The update that a transformation makes from all task gradients.
 
-  With a forward pass as 1 and a backward pass as 2 it takes :math:`1 + 2 T`,
-  and around `flat_minima` :math:`1 + 5 T`, and T copies of the shared
-  parameters (:math:`2 T + 1`).
+  With a forward pass as 1 and a backward pass as 2 it takes time :math:`1 + 2
+  T` and T copies of the shared parameters. With `flat_minima` it takes :math:`1
+  + 5 T` and :math:`2 T + 1` copies.
 
   Args:
-    tx: an aggregator for the whole tree of parameters: one by itself where all
-      of them are shared, or `shared_only(...)` or `flat_minima(...)`. One that
-      needs `extra_grads` gets them from independent parts of the batch; a task
-      counts as present if each part has labels of it.
+    tx: an aggregator for the whole tree of parameters: a plain one if all of
+      them are shared, otherwise `shared_only(...)` or `flat_minima(...)`. One
+      that needs `extra_grads` gets them from independent parts of the batch; a
+      task counts as present if each part has labels for it.
 
   Returns:
-    A joint update, whose state is that of `tx`.
+    A joint update, whose state is the state of `tx`.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax

@@ -26,7 +26,7 @@ class WeightedUpdateState(NamedTuple):
   task_weights: jax.Array
 
   def diagnostics(self) -> dict[str, jax.Array]:
-    """What there is to see; see `mtl_jax.diagnostics`."""
+    """The diagnostics; see `mtl_jax.diagnostics`."""
     return {'task_weights': self.task_weights}
 
 
@@ -37,9 +37,9 @@ def weighted_update(
 
   .. math:: d = \nabla_\theta \sum_i w_i(L)\, L_i(\theta)
 
-  One forward and one backward pass, however many tasks. With micro-batches it
-  takes one more forward pass, because weights need the losses of the whole
-  batch before any gradient is scaled by them.
+  One forward and one backward pass for any number of tasks. Micro-batches take
+  one more forward pass, because weights need the losses on the whole batch
+  before they scale any gradient.
 
   Args:
     weighting: e.g. `uncertainty()`; see `LossWeighting`.
@@ -49,7 +49,7 @@ def weighted_update(
     A joint update with a `WeightedUpdateState`.
 
   Raises:
-    TypeError: for a weighting that is none.
+    TypeError: for anything but a `LossWeighting`.
 
   Examples:
     >>> import jax.numpy as jnp, mtl_jax
@@ -95,9 +95,9 @@ def bilevel_update(
 ) -> _joint.JointUpdate:
   """The update of a weighting that learns from a look-ahead step.
 
-  One half of the batch is the training batch of the look-ahead, the other one
-  its validation batch, and all of it makes the update. A task that only one
-  half has labels of is not weighed.
+  One half of the batch is the look-ahead's training batch, the other half its
+  validation batch. The whole batch makes the update. A task with labels in only
+  one half is not weighed.
 
   Args:
     weighting: e.g. `auto_lambda()`; see `BilevelWeighting`.
@@ -105,10 +105,10 @@ def bilevel_update(
     lookahead: learning rate of the look-ahead.
 
   Returns:
-    A joint update, whose state is that of the weighting.
+    A joint update, whose state is the weighting's.
 
   Raises:
-    TypeError: for a weighting that is none.
+    TypeError: for anything but a `BilevelWeighting`.
     ValueError: for a look-ahead that is not positive.
 
   Examples:
