@@ -1,4 +1,4 @@
-"""IDX files, the format MNIST and Fashion-MNIST come in, and where they are.
+"""IDX files, the format of MNIST and Fashion-MNIST, and their sources.
 
 An IDX file is a header, two zero bytes, a type code, the number of dimensions
 and each dimension as a big-endian 32-bit integer, followed by the values.
@@ -29,7 +29,7 @@ TEST_IMAGES = 't10k-images-idx3-ubyte'
 TEST_LABELS = 't10k-labels-idx1-ubyte'
 FILES = (TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS)
 
-# Where the files of a dataset can be had from: a URL and `<file>.gz`.
+# The download address of a dataset's files: a URL and `<file>.gz`.
 URLS: Mapping[str, str] = {
   'mnist': 'https://storage.googleapis.com/cvdf-datasets/mnist/',
   'fashion_mnist': (
@@ -37,7 +37,7 @@ URLS: Mapping[str, str] = {
   ),
 }
 
-# SHA-256 of the original files, unpacked: one file can be gzipped in many ways.
+# SHA-256 of the unpacked original files: a file can be gzipped in many ways.
 SHA256: Mapping[str, Mapping[str, str]] = {
   'mnist': {
     TRAIN_IMAGES: (
@@ -73,7 +73,7 @@ _UNSIGNED_BYTE = 0x08
 
 
 def source_folder(source_dir: str | os.PathLike | None) -> pathlib.Path | None:
-  """The folder of raw files that the user names.
+  """The folder with raw files that the user names.
 
   Args:
     source_dir: a folder holding `mnist/` and `fashion_mnist/`, or None for the
@@ -89,7 +89,7 @@ def source_folder(source_dir: str | os.PathLike | None) -> pathlib.Path | None:
 def find_source(
   source_dir: str | os.PathLike, name: str
 ) -> dict[str, pathlib.Path]:
-  """The files of a dataset in a folder of raw files.
+  """The files of a dataset in a folder with raw files.
 
   Args:
     source_dir: a folder holding a folder `name`.
@@ -99,10 +99,10 @@ def find_source(
     `{file: path}` for each of `FILES`, gzipped or plain.
 
   Raises:
-    FileNotFoundError: if files are missing; says which, where they were looked
-      for and where they can be had from.
-    ValueError: if there is no such dataset, or a file is known to be another
-      one, of either dataset.
+    FileNotFoundError: if files are missing; the message names them, the folder
+      and the download address.
+    ValueError: if there is no such dataset, or if a file is known to be another
+      file from either dataset.
   """
   if name not in URLS:
     raise ValueError(f'name must be one of {tuple(URLS)}, got {name!r}')
@@ -142,15 +142,15 @@ def read_idx(
 
   Args:
     path: the file.
-    shape: what its dimensions must be, None where any will do.
+    shape: its required dimensions, with None for any.
 
   Returns:
     uint8 array of the file's shape, read-only.
 
   Raises:
-    ValueError: if the file is cut short or damaged, is no IDX file, or holds
-      another type or shape; names the file, what was found and what was
-      expected.
+    ValueError: if the file is cut short or damaged, is not an IDX file, or
+      holds another type or shape; the message names the file, the found and the
+      expected value.
   """
   data = _content(path)
   if len(data) < 4 or data[:2] != b'\0\0':
@@ -196,7 +196,7 @@ def read_images(
     images_path: IDX file of shape [N, h, w].
     labels_path: IDX file of shape [N].
     image_shape: h and w.
-    num_classes: labels must be less.
+    num_classes: labels must be smaller.
 
   Returns:
     The images, uint8 [N, h, w], and their labels, uint8 [N].
@@ -243,7 +243,7 @@ def _fingerprint(path, size, modified):
 
 
 def _content(path):
-  """The bytes of a file, unpacked if gzipped, whatever its name."""
+  """The bytes of a file, unpacked if gzipped, for any file name."""
   data = pathlib.Path(path).read_bytes()
   if data[:2] != b'\x1f\x8b':
     return data

@@ -1,8 +1,8 @@
 """Multi-Digits: pairs of scanned 8x8 digits, real data without a download.
 
 The images are the 1797 digits that come with scikit-learn (the test part of
-"Optical Recognition of Handwritten Digits"), overlapped on a 10x10 canvas as
-Multi-MNIST overlaps MNIST.
+"Optical Recognition of Handwritten Digits"), overlapped on a 10x10 canvas in
+the way that Multi-MNIST overlaps MNIST.
 
 References:
   Alpaydin and Kaynak, `Optical Recognition of Handwritten Digits
@@ -29,8 +29,8 @@ def load_multi_digits(split: str) -> pipeline.ArraySource:
   """A split of Multi-Digits, in memory.
 
   Base images are divided before pairing, always in the same way: 1197 for
-  training, 300 for validation, 300 for test. Each is used four times in either
-  position, which makes 4788, 1200 and 1200 pairs.
+  training, 300 for validation and 300 for test. Each is used four times in
+  either position. This makes 4788, 1200 and 1200 pairs.
 
   Args:
     split: 'train', 'validation' or 'test'.
@@ -56,8 +56,8 @@ def load_multi_digits(split: str) -> pipeline.ArraySource:
 
 @functools.cache
 def base_digits() -> pairs.BaseImages:
-  """The 1797 digits themselves, uint8 [1797, 8, 8] with values 0 to 16."""
-  # Imported here: scikit-learn takes a second to import and few need it.
+  """The 1797 base digits, uint8 [1797, 8, 8] with values 0 to 16."""
+  # Imported here: scikit-learn takes a second to import and is rarely needed.
   from sklearn import datasets
 
   digits = datasets.load_digits()

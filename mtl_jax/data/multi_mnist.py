@@ -27,7 +27,7 @@ TASK_NAMES = ('task_1', 'task_2')
 NUM_CLASSES = 10
 MAX_PIXEL = 255
 
-# What a split is called on disk under either scheme.
+# The name of a split on disk under either scheme.
 _STORED = {
   'holdout': {
     'train': 'train_holdout',
@@ -47,34 +47,36 @@ def load_multi_mnist(
   split_scheme: str = 'holdout',
   storage: str = 'memory',
 ) -> types.Source:
-  """A split of one of the three datasets.
+  """A split from one of the three datasets.
 
-  The task of the image at the top left is 'task_1', that of the image at the
-  bottom right 'task_2'; in 'multi_fashion_and_mnist' the first is a digit of
-  MNIST and the second an item of Fashion-MNIST, which is how the published
-  accuracies (98 and 89 per cent) tell them apart.
+  'task_1' is the task for the image at the top left, 'task_2' for the image at
+  the bottom right. In 'multi_fashion_and_mnist' the first is a digit from MNIST
+  and the second an item from Fashion-MNIST. The published accuracies (98 and 89
+  per cent) show this order.
 
   Args:
     name: 'multi_mnist', 'multi_fashion' or 'multi_fashion_and_mnist'.
     split: 'train', 'validation' or 'test'.
-    data_dir: where it was prepared; None is tensorflow-datasets' own default.
-    source_dir: the folder of raw files it should have been prepared from, None
-      for the one in `MTL_JAX_SOURCE_DIR`, if any. Where that folder is, its
-      files must be those the dataset was made of.
+    data_dir: the folder of the prepared dataset; None is tensorflow-datasets'
+      own default.
+    source_dir: the folder with raw files from which it should have been
+      prepared, None for the one in `MTL_JAX_SOURCE_DIR`, if any. If the folder
+      is given, its files must be the dataset's source files.
     split_scheme: 'holdout' takes 5,000 base images out for validation before
       anything is paired (110,000 training and 10,000 validation pairs);
       'paper' trains on the pairs of all 60,000 (120,000) and has no validation
       split. The test split is the same.
     storage: 'memory' reads the whole split once (some seconds; 1.3 kB an
-      example), 'disk' reads examples as they are needed.
+      example), 'disk' reads examples on demand.
 
   Returns:
     A source of images uint8 [36, 36, 1] in 0 .. 255 and int32 labels.
 
   Raises:
-    ValueError: if there is no such name, split, scheme or storage, or the
-      dataset was made of other source files.
-    FileNotFoundError: if the dataset has not been prepared; says how to.
+    ValueError: if there is no such name, split, scheme or storage, or if the
+      dataset was made from other source files.
+    FileNotFoundError: if the dataset has not been prepared; the message gives
+      the command.
   """
   if storage not in ('memory', 'disk'):
     raise ValueError(f"storage must be 'memory' or 'disk', got {storage!r}")
@@ -100,12 +102,12 @@ def make_builder(
   data_dir: str | os.PathLike | None = None,
   source_dir: str | os.PathLike | None = None,
 ) -> 'multi_mnist_builder.MultiMnist':
-  """The tensorflow-datasets builder of a dataset.
+  """The tensorflow-datasets builder for a dataset.
 
   Args:
     name: one of `NAMES`.
-    data_dir: where it is, or will be, prepared.
-    source_dir: a folder of raw files, or None to download them.
+    data_dir: the folder in which it is or will be prepared.
+    source_dir: a folder with raw files, or None to download them.
 
   Returns:
     The builder.
@@ -126,7 +128,7 @@ def make_builder(
 
 
 def is_prepared(builder: 'multi_mnist_builder.MultiMnist') -> bool:
-  """Whether the dataset of a builder is on disk, whole.
+  """Whether a builder's dataset is complete on disk.
 
   The folder gets its name only when everything in it has been written.
   """
@@ -136,7 +138,7 @@ def is_prepared(builder: 'multi_mnist_builder.MultiMnist') -> bool:
 def check_source(
   builder: 'multi_mnist_builder.MultiMnist', source_dir: str | os.PathLike
 ) -> None:
-  """Makes sure that a prepared dataset was made of the files of a folder.
+  """Checks that a prepared dataset was made from the files in a folder.
 
   Args:
     builder: the builder of the prepared dataset.
@@ -144,7 +146,7 @@ def check_source(
 
   Raises:
     FileNotFoundError: if files are missing in the folder.
-    ValueError: if their content is not what the dataset was made of.
+    ValueError: if the dataset was made from files with other content.
   """
   made_of = builder.info.metadata['sources']
   names = dict.fromkeys(key.partition('/')[0] for key in made_of)

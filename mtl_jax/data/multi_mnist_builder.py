@@ -1,6 +1,6 @@
-"""The tensorflow-datasets builder of Multi-MNIST and its two relatives.
+"""The tensorflow-datasets builder for Multi-MNIST and its two relatives.
 
-It runs without TensorFlow: images are zlib-packed tensors and examples lie in
+It runs without TensorFlow: images are zlib-packed tensors, and examples are in
 array_record files.
 """
 
@@ -18,19 +18,19 @@ from mtl_jax.data import pairs
 IMAGE_SIZE = 28
 SHIFT = 8
 ROUNDS = 2
-# 5,000 of MNIST's 60,000.
+# 5,000 from MNIST's 60,000.
 _HELD_OUT_SHARE = 12
 _CHUNK = 1000
 
 
 @dataclasses.dataclass(kw_only=True)
 class MultiMnistConfig(tfds.core.BuilderConfig):
-  """Which images are overlapped.
+  """The choice of images that are overlapped.
 
   Attributes:
     first: the dataset of the images at the top left, 'mnist' or
       'fashion_mnist'.
-    second: the dataset of those at the bottom right.
+    second: the dataset of the images at the bottom right.
   """
 
   first: str
@@ -67,9 +67,9 @@ class MultiMnist(tfds.core.GeneratorBasedBuilder):
     """Makes the builder.
 
     Args:
-      source_dir: a folder of raw files, holding `mnist/` and `fashion_mnist/`;
-        None to download them.
-      **kwargs: those of `tfds.core.GeneratorBasedBuilder`.
+      source_dir: a folder of raw files with `mnist/` and `fashion_mnist/`; None
+        to download them.
+      **kwargs: arguments of `tfds.core.GeneratorBasedBuilder`.
     """
     self._source_dir = source_dir
     super().__init__(file_format='array_record', **kwargs)
@@ -96,7 +96,7 @@ class MultiMnist(tfds.core.GeneratorBasedBuilder):
       ),
       # Filled with the fingerprints of the source files while preparing.
       metadata=tfds.core.MetadataDict(sources={}),
-      # The order of pairs is random already, and batches are drawn at random.
+      # The order of pairs is already random, and batches are drawn at random.
       disable_shuffling=True,
     )
 
@@ -122,7 +122,7 @@ class MultiMnist(tfds.core.GeneratorBasedBuilder):
           f'many of the other, found {sizes}'
         )
     num_train = len(train[config.first].labels)
-    # A tiny source has a hold-out too, of the three images that pairs need.
+    # A tiny source also has a hold-out, with the three images that pairs need.
     held_out = max(num_train // _HELD_OUT_SHARE, ROUNDS + 1)
     kept, taken = pairs.hold_out(num_train, held_out)
     everything = np.arange(num_train)
@@ -136,7 +136,7 @@ class MultiMnist(tfds.core.GeneratorBasedBuilder):
     }
 
   def _generate_examples(self, images, base_indices) -> Iterator:
-    """The pairs of the base images of `base_indices`, with their number."""
+    """The pairs from the base images at `base_indices`, with their number."""
     first = images[self.builder_config.first].take(base_indices)
     second = images[self.builder_config.second].take(base_indices)
     left, right = pairs.pair_indices(len(base_indices), ROUNDS)
@@ -162,8 +162,8 @@ class MultiMnist(tfds.core.GeneratorBasedBuilder):
       return idx.find_source(self._source_dir, name)
     urls = {file: f'{idx.URLS[name]}{file}.gz' for file in idx.FILES}
     try:
-      # Without a network tensorflow-datasets tries again for minutes; one
-      # question first tells that at once.
+      # Without a network tensorflow-datasets retries for minutes; a single
+      # request first shows that at once.
       question = urllib.request.Request(urls[idx.TEST_LABELS], method='HEAD')
       urllib.request.urlopen(question, timeout=30).close()
       paths = dl_manager.download(urls)

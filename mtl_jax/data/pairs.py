@@ -1,4 +1,4 @@
-"""Overlapped pairs of images: the construction of Multi-MNIST, in NumPy.
+"""Overlapped pairs of images, the construction of Multi-MNIST, in NumPy.
 
 Two images of h x w lie on a canvas of (h + shift) x (w + shift), the first in
 the top left corner, the second in the bottom right one. Where they overlap
@@ -13,15 +13,15 @@ import numpy as np
 
 from mtl_jax.data import shuffle
 
-# Streams of random numbers. They lie far from the small numbers that the
-# shuffling of epochs counts through, so that the two never share a stream.
+# Streams of random numbers. They are far from the small numbers for the
+# shuffling of epochs, so that the two never share a stream.
 _ORDER = 2**63
 _OFFSETS = 2**63 + 1
 _HOLD_OUT = 2**63 + 2
 
 
 class BaseImages(NamedTuple):
-  """The images that pairs are made of.
+  """The images from which pairs are made.
 
   Attributes:
     images: uint8 [N, h, w].
@@ -32,25 +32,25 @@ class BaseImages(NamedTuple):
   labels: np.ndarray
 
   def take(self, indices: np.ndarray) -> 'BaseImages':
-    """The base images of `indices` only."""
+    """The base images at `indices`."""
     return BaseImages(self.images[indices], self.labels[indices])
 
 
 def overlap(first: np.ndarray, second: np.ndarray, shift: int) -> np.ndarray:
-  r"""Lays each image of `second` over the one of `first`, shifted.
+  r"""Lays each image in `second`, shifted, over the one in `first`.
 
   .. math::
     y_{rc} = \max(a_{rc}, b_{r-s,c-s})
 
   with pixels outside an image counted as zero. The public code of Sener and
-  Koltun takes the maximum too; that of Sabour et al. adds the two and clips at
-  255. Here the second image lies flush with the bottom right corner (28x28 on
-  36x36 is a shift of 8), as in the dataset of Lin et al.; Sener and Koltun
-  shift by 6 and scale the canvas down to 28x28.
+  Koltun also takes the maximum; Sabour et al. add the two and clip at 255. Here
+  the second image is flush with the bottom right corner (28x28 on 36x36 is a
+  shift of 8), as in the dataset of Lin et al.; Sener and Koltun shift by 6 and
+  scale the canvas down to 28x28.
 
   Args:
-    first: images of the top left corner, [N, h, w].
-    second: images of the bottom right corner, [N, h, w].
+    first: images for the top left corner, [N, h, w].
+    second: images for the bottom right corner, [N, h, w].
     shift: how far, in pixels, the second lies below and right of the first.
 
   Returns:
@@ -87,12 +87,12 @@ def overlap(first: np.ndarray, second: np.ndarray, shift: int) -> np.ndarray:
 def pair_indices(
   num_base: int, rounds: int, *, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Which base image comes first and which second in each pair.
+  """The indices of the first and the second base image in each pair.
 
-  The base images are put in a random circle, and each is paired with the one
-  that stands a number of places further; every round has another random number
-  of places. So each base image is used exactly `rounds` times in either
-  position, none is paired with itself and no pair occurs twice.
+  The base images are put in a random circle, and each is paired with the one a
+  number of places further. Every round has a different random number of places.
+  Each base image is thus used exactly `rounds` times in either position, none
+  is paired with itself and no pair occurs twice.
 
   Args:
     num_base: number of base images.
@@ -123,7 +123,7 @@ def hold_out(
 
   Args:
     num_base: number of base images.
-    *sizes: how many to take out for each further split.
+    *sizes: number of images for each further split.
     seed: a function of this and `num_base` alone, on any NumPy version.
 
   Returns:
@@ -157,10 +157,10 @@ def paired_examples(
   """The pairs of the given indices as images with two labels.
 
   Args:
-    first: base images of the top left corner.
-    second: base images of the bottom right corner.
-    first_indices: which of `first`, [B].
-    second_indices: which of `second`, [B].
+    first: base images for the top left corner.
+    second: base images for the bottom right corner.
+    first_indices: indices into `first`, [B].
+    second_indices: indices into `second`, [B].
     shift: how far, in pixels, the second lies below and right of the first.
 
   Returns:

@@ -1,9 +1,9 @@
-"""From a source of examples to the batches of a step.
+"""Batches for a training or evaluation step, from a source of examples.
 
 The global batch of a training step is a function of (seed, step) only: every
 epoch visits all examples once in an order drawn from (seed, epoch), and a step
-is a place in it. Each process takes its slice. So the step is the whole
-position in the data, whatever the number of processes.
+is a place in it. Each process takes its slice. The step alone therefore gives
+the position in the data, for any number of processes.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ def steps_per_epoch(source: types.Source, batch_size: int) -> int:
     batch_size: size of the global batch, over all processes.
 
   Returns:
-    How many steps an epoch has; what does not fill a batch is left out of the
-    epoch (of each epoch something else).
+    Number of steps in an epoch. Examples that do not fill a batch are skipped
+    in that epoch (different ones in each).
 
   Raises:
     ValueError: if `batch_size` is not in [1, len(source)].
@@ -57,20 +57,20 @@ def train_batches(
 ) -> Iterator[types.Batch]:
   """The batches of training steps `start_step` to `num_steps - 1`.
 
-  Starting at step k gives what is left after skipping k batches, and the
-  slices of all processes put together are the same global batch for any number
-  of processes.
+  Starting at step k gives the same batches as skipping the first k. The slices
+  of all processes together are the same global batch for any number of
+  processes.
 
   Args:
     source: the examples.
     seed: decides the order of every epoch.
     batch_size: size of the global batch, over all processes.
     num_steps: number of steps of the whole training, counted from step 0.
-    start_step: the step to start at; where an interrupted training goes on.
+    start_step: the first step, at which an interrupted training continues.
     process_index: which of the processes this is.
     process_count: number of processes.
-    steps_per_call: number of steps whose batches come together, stacked along
-      a new first axis; one by itself has no such axis.
+    steps_per_call: number of steps whose batches come together, stacked along a
+      new first axis. A single step has no such axis.
     prefetch: number of batches made ahead in a background thread; 0 makes each
       when it is asked for.
 
@@ -94,8 +94,8 @@ def train_batches(
       f'{num_steps - start_step} steps left, got {steps_per_call}'
     )
   size = len(source)
-  # An epoch's order is drawn once. Two are kept, for batches made ahead over
-  # the end of an epoch.
+  # An epoch's order is drawn once. Two orders are kept, for batches made ahead
+  # past the end of an epoch.
   order = functools.lru_cache(maxsize=2)(
     lambda epoch: shuffle.permutation(size, seed, epoch)
   )
@@ -169,7 +169,7 @@ def eval_batches(
 
 
 def _process_rows(batch_size, process_index, process_count):
-  """The rows of the global batch that a process holds."""
+  """A process's rows in the global batch."""
   if batch_size < 1 or process_count < 1 or batch_size % process_count:
     raise ValueError(
       'batch_size must be positive and divide by process_count='
@@ -187,7 +187,7 @@ def _process_rows(batch_size, process_index, process_count):
 def _iterate(
   batch_of: Callable[[int], types.Batch], steps: range, prefetch: int
 ) -> Iterator[types.Batch]:
-  """The batches of the steps, made ahead in a thread."""
+  """The batches for the steps, made ahead in a thread."""
   if prefetch < 0:
     raise ValueError(f'prefetch must not be negative, got {prefetch}')
   dataset = grain.MapDataset.range(steps.start, steps.stop, steps.step).map(

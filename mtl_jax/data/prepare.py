@@ -1,4 +1,4 @@
-r"""Prepares datasets: turns raw files into what training reads.
+r"""Preparation of datasets from raw files, for training.
 
     python -m mtl_jax.data.prepare --data_dir=DIR [--source_dir=DIR] \
       [--dataset=multi_mnist|multi_fashion|multi_fashion_and_mnist|all]
@@ -25,27 +25,27 @@ def prepare(
   *,
   progress: bool = False,
 ) -> str:
-  """Prepares a dataset, unless it is there.
+  """Prepares a dataset, unless it already exists.
 
   The files are written into a temporary folder that gets its name at the end:
-  what an interrupted call leaves behind is never taken for a dataset. Of two
-  processes preparing at the same time the one that ends later drops its work.
+  the remains of an interrupted call never count as a dataset. If two processes
+  prepare at the same time, the later one drops its work.
 
   Args:
     name: 'multi_mnist', 'multi_fashion' or 'multi_fashion_and_mnist'.
-    data_dir: where to write; None is tensorflow-datasets' own default.
-    source_dir: a folder of raw files, holding `mnist/` and `fashion_mnist/`;
-      None for the one in `MTL_JAX_SOURCE_DIR`, and without that to download.
-    progress: whether tensorflow-datasets shows its messages and bars; when
-      something is prepared, its switch for bars stays as set here.
+    data_dir: the folder to write to; None is tensorflow-datasets' own default.
+    source_dir: a folder of raw files with `mnist/` and `fashion_mnist/`; None
+      for the one in `MTL_JAX_SOURCE_DIR`, or to download without it.
+    progress: whether tensorflow-datasets shows its messages and bars. After a
+      preparation its switch for bars stays as set here.
 
   Returns:
     The folder of the prepared dataset.
 
   Raises:
-    FileNotFoundError: if the source folder lacks files; says which.
-    ValueError: if there is no such dataset, a source file is cut short or
-      foreign, or the dataset is there but was made of other files.
+    FileNotFoundError: if the source folder lacks files; the message names them.
+    ValueError: if there is no such dataset, if a source file is cut short or
+      foreign, or if the dataset exists but was made from other files.
     ConnectionError: if the files cannot be downloaded.
   """
   folder = idx.source_folder(source_dir)
@@ -65,7 +65,7 @@ def prepare(
         download_config=tfds.download.DownloadConfig(try_download_gcs=False)
       )
   except OSError:
-    # Where another process was faster, the folder cannot get its name.
+    # If another process was faster, the folder cannot get its name.
     if not multi_mnist.is_prepared(builder):
       raise
   return builder.data_dir

@@ -8,7 +8,7 @@ def permutation(size: int, seed: int, stream: int = 0) -> np.ndarray:
 
   The order sorts the first `size` outputs of the counter-based generator
   Philox4x64-10 under the key (`seed`, `stream`). NumPy promises that this
-  stream of integers never changes, which it does not for
+  stream of integers never changes. It does not promise this for
   `np.random.Generator.permutation`.
 
   Args:
@@ -27,8 +27,8 @@ def permutation(size: int, seed: int, stream: int = 0) -> np.ndarray:
     Salmon et al., `Parallel random numbers: as easy as 1, 2, 3
     <https://doi.org/10.1145/2063384.2063405>`_, 2011
   """
-  # Equal 64-bit outputs are all but impossible; a stable sort makes even those
-  # come out the same everywhere.
+  # Equal 64-bit outputs are nearly impossible; a stable sort orders even those
+  # in the same way everywhere.
   return np.argsort(random_bits(size, seed, stream), kind='stable')
 
 

@@ -1,4 +1,4 @@
-"""Sources of examples: in memory, and on disk by tensorflow-datasets."""
+"""Sources of examples in memory and, by tensorflow-datasets, on disk."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from mtl_jax import types
 
 
 class ArraySource:
-  """Examples that lie in memory.
+  """Examples in memory.
 
   Attributes:
     arrays: all examples as one batch, masks included.
@@ -21,11 +21,11 @@ class ArraySource:
 
     Args:
       arrays: `{'image': [N, H, W, C], 'labels': {task: [N, ...]}, 'mask':
-        {task: [N, ...]}}`. Without `'mask'` every label is there.
+        {task: [N, ...]}}`. Without `'mask'` every label is present.
 
     Raises:
       ValueError: if there is no example, the number of examples differs between
-        arrays, or labels and masks are not of the same tasks.
+        arrays, or labels and masks have different tasks.
     """
     image, labels = arrays['image'], dict(arrays['labels'])
     mask = arrays.get('mask')
@@ -65,7 +65,7 @@ class ArraySource:
 
 
 class TfdsSource:
-  """Examples of a prepared dataset, read from disk one by one.
+  """Examples from a prepared dataset, read from disk one by one.
 
   Reading an example takes tens of microseconds; `in_memory` pays that once.
   """
@@ -73,7 +73,7 @@ class TfdsSource:
   def __init__(
     self, records: Sequence[Mapping[str, Any]], task_names: Sequence[str]
   ):
-    """Wraps what `builder.as_data_source(split)` gives.
+    """Wraps the result of `builder.as_data_source(split)`.
 
     Args:
       records: a data source of tensorflow-datasets, whose examples hold
@@ -108,7 +108,7 @@ def in_memory(source: types.Source, chunk: int = 4096) -> ArraySource:
 
   Args:
     source: the examples.
-    chunk: how many are read at a time.
+    chunk: number of examples to read at a time.
 
   Returns:
     The same examples in the same order.

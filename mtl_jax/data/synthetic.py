@@ -1,4 +1,4 @@
-"""Synthetic images with several labels: the stand-in for any dataset."""
+"""Synthetic images with several labels, a substitute for any dataset."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 from mtl_jax.data import pipeline
 from mtl_jax.data import shuffle
 
-# Far from the small streams that the shuffling of epochs counts through.
+# Far from the small stream numbers for the shuffling of epochs.
 _LABELS = 2**62
 _NOISE = 2**62 + 1
 _PROTOTYPES = 2**62 + 2
@@ -25,15 +25,15 @@ def synthetic_source(
 
   Every class of every task has a prototype, a pattern of at most 6 x 6 dark and
   bright cells. An image is mid-grey plus the prototypes of its labels plus
-  noise. Prototypes depend on the task's place and on `image_shape` only, so
-  that sources of different seeds are splits of one dataset.
+  noise. Prototypes depend only on the task's place and on `image_shape`, so
+  that sources with different seeds are splits of one dataset.
 
   Args:
     image_shape: (height, width, channels).
     task_names: names of the tasks.
     num_classes: number of classes of each task.
     num_examples: number of images.
-    seed: decides labels and noise.
+    seed: determines labels and noise.
 
   Returns:
     A source with images uint8 [H, W, C] in 0 .. 255 and uniform labels.
@@ -50,7 +50,7 @@ def synthetic_source(
   num_tasks, num_pixels = len(task_names), int(np.prod(image_shape))
   bits = shuffle.random_bits(num_tasks * num_examples, seed, _LABELS)
   labels = (bits % num_classes).reshape(num_tasks, num_examples)
-  # The sum of the patterns stays within 96, and noise within 24, of mid-grey.
+  # The sum of the patterns stays within 96 of mid-grey, and noise within 24.
   amplitude = 96 // num_tasks
   noise = shuffle.random_bits(num_examples * num_pixels, seed, _NOISE) % 49
   image = 104 + noise.astype(np.int16).reshape(num_examples, *image_shape)

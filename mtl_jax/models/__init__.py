@@ -1,4 +1,4 @@
-"""Trunks and multi-task models, as pure `init` and `apply` functions."""
+"""Trunks and multi-task models as pure `init` and `apply` functions."""
 
 from mtl_jax.models.compute_dtype import in_dtype as in_dtype
 from mtl_jax.models.intercept import intercept_dense as intercept_dense

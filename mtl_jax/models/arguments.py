@@ -29,14 +29,15 @@ def check_arguments(
   """Checks arguments against the signature of a factory.
 
   Args:
-    where: the group of the config that they stand in, such as `'model.kwargs'`.
-    name: what the config calls the factory.
+    where: the config group that holds them, such as `'model.kwargs'`.
+    name: the factory's name in the config.
     factory: a function or class, all of whose arguments have a type.
     arguments: the arguments, by name.
-    hidden: those of its arguments that a config does not give.
+    hidden: arguments that a config does not set.
 
   Raises:
-    ValueError: if one is unknown, missing or of another type; names it.
+    ValueError: if one is unknown, missing or of another type; the message names
+      it.
   """
   parameters = {
     key: parameter
@@ -70,7 +71,7 @@ def _fits(value, hint):
       hint is bool or not isinstance(value, bool)
     )
   if _is_sequence(hint):
-    # A list is what becomes of a tuple in a file.
+    # A tuple becomes a list in a file.
     return isinstance(value, list | tuple) and all(
       _fits(x, typing.get_args(hint)[0]) for x in value
     )
@@ -80,7 +81,7 @@ def _fits(value, hint):
 
 
 def _words(hint):
-  """What a config can hold of a type."""
+  """The values that a config can hold for a type, in words."""
   words = []
   for kind in _members(hint):
     if kind in _KINDS:
@@ -103,15 +104,15 @@ def _is_sequence(hint):
 
 
 def plain_default(hint: Any, default: Any) -> tuple[type, Any] | None:
-  """How a config holds an argument whose default is this.
+  """The form in which a config holds an argument with this default.
 
   Args:
     hint: the argument's type.
     default: its default.
 
   Returns:
-    The type of the config's field and the value; None for an argument that is
-    no number, string, bool or tuple of these, such as an optimizer.
+    The type of the config's field and the value; None for an argument other
+    than a number, a string, a bool or a tuple of these, such as an optimizer.
   """
   kinds = _members(hint)
   plain = [kind for kind in kinds if kind in _KINDS]
@@ -120,7 +121,7 @@ def plain_default(hint: Any, default: Any) -> tuple[type, Any] | None:
   if default is not None and not isinstance(default, simple):
     return None
   if plain and several:
-    # A value for all tasks, or a tuple of one each.
+    # A value for all tasks, or a tuple with one for each.
     return object, default
   if several:
     return tuple, default

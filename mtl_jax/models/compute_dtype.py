@@ -1,4 +1,4 @@
-"""A model whose passes run in another dtype than its parameters."""
+"""A model whose passes run in a different dtype than its parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +10,24 @@ def in_dtype(model: types.Model, dtype: str) -> types.Model:
   """The model with its forward and backward passes in `dtype`.
 
   Parameters and images are cast on the way in, predictions are cast back on the
-  way out. So parameters, what gradients they get, predictions, losses and the
-  model's state (BatchNorm computes its statistics in float32 whatever comes)
-  keep their dtypes, and with them all that is made of them: norms, Gram
-  matrices, solvers, the optimizer. With `'float32'` it is the model itself.
+  way out. Parameters, gradients, predictions, losses and the model's state
+  (BatchNorm always computes its statistics in float32) therefore keep their
+  dtypes. So do norms, Gram matrices, solvers and the optimizer. `'float32'`
+  returns the model itself.
 
-  What of a flat gradient is rounding of `dtype` is not told from the rest:
-  `flat_minima` knows the gradients' dtype alone. The radius has to be large
-  enough.
+  `flat_minima` sees only the gradients' dtype, so it cannot detect flat
+  gradients that are rounding errors of `dtype`. Choose a radius that `dtype`
+  resolves.
 
   Args:
-    model: a model of float32 parameters.
+    model: a model with float32 parameters.
     dtype: name of a floating-point dtype, such as `'bfloat16'`.
 
   Returns:
-    The model; its `init` is that of `model`.
+    The model; its `init` is `model.init`.
 
   Raises:
-    ValueError: if `dtype` is no floating-point dtype.
+    ValueError: if `dtype` is not a floating-point dtype.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -48,7 +48,7 @@ def in_dtype(model: types.Model, dtype: str) -> types.Model:
     return model
 
   def lowered(fn):
-    """`apply` or `features`; what it returns keeps its dtype."""
+    """`apply` or `features`; its results keep their dtypes."""
 
     def run(params, model_state, batch, **options):
       batch = {**batch, 'image': _cast(batch['image'], wanted)}

@@ -1,4 +1,4 @@
-"""Dense layers of a flax model, handed to a function of the caller."""
+"""Interception of a flax model's dense layers by a function of the caller."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -13,18 +13,17 @@ import jax
 def intercept_dense(
   multiply: Callable[[jax.Array, jax.Array], jax.Array], params: Any
 ) -> Iterator[None]:
-  """Inside of it flax's dense layers multiply by way of `multiply`.
+  """Context in which flax's dense layers multiply by `multiply`.
 
-  Only `nn.Dense` itself is meant, with its usual product; subclasses, and
-  layers with a `dot_general`, a `precision` or a `promote_dtype` of their own,
-  stay as they are.
+  This applies only to `nn.Dense` with its usual product. Subclasses, and layers
+  with their own `dot_general`, `precision` or `promote_dtype`, do not change.
 
   Args:
-    multiply: `(x [..., in], kernel [in, out]) -> [..., out]`, such as
-      `mtl_jax.ghost_update` gives to a loss function.
-    params: a tree; layers whose kernel is one of its leaves, the same object,
-      are meant. What a model makes of its parameters first (casts, or the
-      blocks of `remat`) is another object.
+    multiply: `(x [..., in], kernel [in, out]) -> [..., out]`, such as the one
+      that `mtl_jax.ghost_update` passes to a loss function.
+    params: a tree; a layer is intercepted if its kernel is one of the tree's
+      leaves, the same object. A kernel that the model computes from its
+      parameters (by a cast, or in blocks of `remat`) is a different object.
 
   Yields:
     Nothing.

@@ -1,13 +1,11 @@
 """Convolution, pooling and dense layers that are fast on every backend.
 
-Convolutions and pooling have the forms of `models/cpu/` on CPU and the native
-ones elsewhere, or inside `native_layers()`.
-
-The choice is made by `jax.default_backend()` while tracing.
-`jax.lax.platform_dependent` would choose while lowering, but it is a
-conditional: its derivative keeps the intermediate values of both branches. The
-price is that a computation sent to the CPU of a machine with an accelerator
-gets the native operation: the same numbers, slower.
+Convolutions and pooling have the forms from `models/cpu/` on CPU and the native
+forms elsewhere and inside `native_layers()`. The choice follows
+`jax.default_backend()` while tracing. `jax.lax.platform_dependent` would choose
+while lowering, but it is a conditional, whose derivative keeps the intermediate
+values of both branches. The price is that a computation on the CPU of a machine
+with an accelerator gets the native operation: the same numbers, but slower.
 """
 
 from collections.abc import Iterator
@@ -28,11 +26,11 @@ _native = contextvars.ContextVar('native', default=False)
 
 @contextlib.contextmanager
 def native_layers() -> Iterator[None]:
-  """Inside of it layers are traced in their native form on CPU too.
+  """Context in which layers are traced in their native form on CPU too.
 
-  The forms for CPU have derivatives of reverse mode alone: `jax.jvp` of a model
-  needs the native ones. They also serve to compare numbers and time. A function
-  that was compiled outside keeps its form.
+  The forms for CPU have only reverse-mode derivatives: `jax.jvp` of a model
+  needs the native ones. The native forms also serve for comparisons of numbers
+  and time. A function that was compiled outside keeps its form.
 
   Yields:
     Nothing.
@@ -65,7 +63,7 @@ def dense(features: int, fan_in: int, name: str | None = None) -> nn.Dense:
 
   Args:
     features: number of outputs.
-    fan_in: number of inputs, which the layer cannot tell when it draws its
+    fan_in: number of inputs, which the layer does not know when it draws its
       bias.
     name: name of the layer inside a compact module.
 
@@ -90,10 +88,10 @@ def conv(
   bias_fan_in: int | None = None,
   name: str | None = None,
 ) -> nn.Conv:
-  """A square convolution, padded alike on all sides as in PyTorch.
+  """A square convolution with equal padding on all sides, as in PyTorch.
 
-  `'SAME'` with a stride of 2 pads an even image on one side only, which is
-  another function.
+  `'SAME'` with a stride of 2 pads an even image on one side only, which is a
+  different function.
 
   Args:
     features: number of output channels.
@@ -135,7 +133,7 @@ def conv_general_dilated(
   feature_group_count: int = 1,
   precision=None,
 ) -> jax.Array:
-  """`jax.lax.conv_general_dilated`, in another form where CPUs need it.
+  """`jax.lax.conv_general_dilated`, in another form if CPUs need it.
 
   For `flax.linen.Conv(conv_general_dilated=...)`.
 
@@ -186,8 +184,8 @@ def max_pool(
 
   The gradient of a window goes to its first maximum in row-major order, on
   every backend (as in PyTorch), so the gradients of the inputs add up to the
-  cotangent. A NaN in a window is its maximum. On CPU the derivative is of
-  reverse mode alone.
+  cotangent. A NaN in a window is its maximum. On CPU only the reverse-mode
+  derivative exists.
 
   Args:
     x: images [B, H, W, C], floating point.
@@ -213,10 +211,10 @@ def max_pool(
 
 
 def _varying_alike(*arrays):
-  """Inside shard_map: the arrays as varying over the mapped axes of any.
+  """The arrays, inside shard_map varying over the union of their mapped axes.
 
-  The transpose of that is the sum over replicas, which a derivative of its own
-  (`jax.custom_vjp`) must not make.
+  The transpose of this cast is the sum over replicas, which a custom derivative
+  (`jax.custom_vjp`) must not contain.
   """
   axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
   union = frozenset().union(*axes)

@@ -1,4 +1,4 @@
-"""The LeNet of the Multi-MNIST experiments."""
+"""The LeNet for the Multi-MNIST experiments."""
 
 from flax import linen as nn
 import jax
@@ -10,10 +10,10 @@ class LeNet(nn.Module):
   """Two convolutions and a dense layer, 30,890 parameters for 36x36x1.
 
   Convolution 9x9 with 10 channels, ReLU, 2x2 maximum; convolution 5x5 with 20
-  channels, ReLU, 2x2 maximum; dense layer of 50, ReLU. No padding. The network
-  that follow-up work of Sener and Koltun (2018) trains on Multi-MNIST, with
-  PyTorch's default initialization (uniform in +-1/sqrt(fan_in), biases too), as
-  in the public code of Phan et al.
+  channels, ReLU, 2x2 maximum; dense layer of 50, ReLU. No padding. Follow-up
+  work to Sener and Koltun (2018) trains this network on Multi-MNIST. The
+  initialization is PyTorch's default (uniform in +-1/sqrt(fan_in), biases too),
+  as in the public code of Phan et al.
 
   Attributes:
     features: width of the output.
@@ -30,7 +30,7 @@ class LeNet(nn.Module):
 
   @nn.compact
   def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
-    """Features [B, features] of images [B, H, W, C]; `train` has no effect."""
+    """Features [B, features] from images [B, H, W, C]; `train` is unused."""
     if min(image.shape[1:3]) < 20:
       raise ValueError(
         f'LeNet needs images of at least 20x20, got {image.shape[1:3]}'
@@ -43,7 +43,7 @@ class LeNet(nn.Module):
         bias_fan_in=size * size * x.shape[-1],
         name=f'conv_{index + 1}',
       )(x)
-      # In this order the smaller image is rectified: the same function.
+      # This order rectifies the smaller image and gives the same function.
       x = nn.relu(layers.max_pool(x, 2, 2))
     x = x.reshape(x.shape[0], -1)
     return nn.relu(layers.dense(self.features, x.shape[-1], 'dense')(x))

@@ -10,11 +10,11 @@ from mtl_jax.models import remat as remats
 
 
 class MLP(nn.Module):
-  """Dense layers with ReLU, initialized as PyTorch does by default.
+  """Dense layers with ReLU and PyTorch's default initialization.
 
   Attributes:
-    widths: width of each layer; the last is the width of the output. Without
-      any, the output is the flattened image.
+    widths: width of each layer; the last is the output's width. Without any,
+      the output is the flattened image.
     dropout: probability with which an activation is dropped in training, after
       every layer; the others are scaled by 1 / (1 - dropout).
     remat: `'blocks'` computes each layer again in the backward pass, once for
@@ -39,7 +39,7 @@ class MLP(nn.Module):
 
 def _layer(mlp, x, train, *, index, width):
   x = layers.dense(width, x.shape[-1], f'dense_{index + 1}')(x)
-  # Named, since names given by counting would start again in every layer.
+  # Named, because automatic numbering would start again in every layer.
   dropout = nn.Dropout(
     mlp.dropout, deterministic=not train, name=f'Dropout_{index}'
   )

@@ -1,4 +1,4 @@
-"""One model for several tasks: a trunk, and a linear head a task."""
+"""One model for several tasks, with a trunk and a linear head for each."""
 
 from collections.abc import Sequence
 
@@ -19,31 +19,31 @@ def make_model(
 
   With `sharing='shared'` all tasks use one trunk and the parameters are
   `{'shared': trunk, 'heads': {task: head}}`. With `sharing='separate'`, the
-  single-task baseline, each task has a trunk of its own that starts from other
-  values, and the parameters are
-  `{'shared': {}, 'heads': {task: {'trunk': trunk, 'head': head}}}`.
+  single-task baseline, each task has a separate trunk with different initial
+  values, and the parameters are `{'shared': {}, 'heads': {task: {'trunk':
+  trunk, 'head': head}}}`.
 
   The model's state is `{}`, or `{'batch_stats': trunk's}` when the trunk has
   BatchNorm, with one more level of tasks when the trunks are separate. In
-  training BatchNorm uses the statistics of the batch and the state that comes
-  back has moved towards them.
+  training BatchNorm uses the batch's statistics, and the returned state has
+  moved towards them.
 
   Args:
-    trunk: a module called as `trunk(image [B, H, W, C], train=bool)` that gives
-      features [B, F], such as those of `by_name`.
-    tasks: the tasks; head `i` is a dense layer of `tasks[i].num_outputs`, with
-      PyTorch's default initialization.
+    trunk: a module called as `trunk(image [B, H, W, C], train=bool)` that
+      returns features [B, F], such as one from `by_name`.
+    tasks: the tasks; head `i` is a dense layer with `tasks[i].num_outputs`
+      outputs and PyTorch's default initialization.
     sharing: `'shared'` or `'separate'`.
 
   Returns:
-    A `types.Model`. `init(key, batch)` looks at the shape of the images only.
+    A `types.Model`. `init(key, batch)` uses only the shape of the images.
     `apply(params, model_state, batch, *, train, key=None)` gives predictions
-    `{task: [B, num_outputs]}`; `train` is a Python bool. `key` is what dropout
-    draws its masks from: the same key, the same masks, for all tasks.
+    `{task: [B, num_outputs]}`; `train` is a Python bool. Dropout draws its
+    masks from `key`: the same key gives the same masks, for all tasks.
 
   Raises:
-    ValueError: if `sharing` is unknown, or if names of tasks repeat or there is
-      none; from `apply`, if the trunk draws dropout masks and `key` is None.
+    ValueError: if `sharing` is unknown, task names repeat or there is no task;
+      from `apply`, if the trunk draws dropout masks and `key` is None.
     TypeError: from `apply`, if the images are not floating point.
 
   Examples:

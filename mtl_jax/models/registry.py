@@ -18,12 +18,12 @@ _TRUNKS = {
   'resnet18': resnet.ResNet,
   'vit_s': vit.ViT,
 }
-# Of every flax module, and what the trainer sets.
+# Attributes of every flax module, and those that the trainer sets.
 _HIDDEN = ('parent', 'name', 'batch_norm_axis')
 
 
 def by_name(name: str, /, **kwargs: Any) -> nn.Module:
-  """The trunk of that name.
+  """The trunk with that name.
 
   Args:
     name: `'lenet'`, `'mlp'`, `'resnet18'` or `'vit_s'`.
@@ -33,8 +33,8 @@ def by_name(name: str, /, **kwargs: Any) -> nn.Module:
     The module, for `make_model`.
 
   Raises:
-    ValueError: if there is no trunk of that name (tells the nearest), or an
-      argument is unknown, of the wrong type or too small.
+    ValueError: if there is no trunk with that name (the message names the
+      nearest), or if an argument is unknown, of the wrong type or too small.
   """
   trunk = get(_TRUNKS, name, 'model')
   arguments.check_arguments('model.kwargs', name, trunk, kwargs, hidden=_HIDDEN)
@@ -49,7 +49,7 @@ def by_name(name: str, /, **kwargs: Any) -> nn.Module:
 
 
 def get(table: Mapping[str, Any], name: str, what: str) -> Any:
-  """`table[name]`, or a ValueError that tells the nearest names."""
+  """`table[name]`, or a ValueError with the nearest names."""
   if name not in table:
     near = difflib.get_close_matches(str(name), table, cutoff=0.4)
     hint = f'did you mean {" or ".join(map(repr, near))}? ' if near else ''

@@ -1,4 +1,4 @@
-"""Blocks whose inner values are computed again instead of kept."""
+"""Blocks that recompute their inner values instead of keeping them."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ _CHOICES = ('none', 'blocks')
 
 
 def of_block(block: Any, remat: str) -> Any:
-  """A block with `jax.checkpoint` around it, if `remat` says so.
+  """Wraps a block in `jax.checkpoint` if `remat` is `'blocks'`.
 
-  The forward pass then keeps the input of each block alone, and the backward
-  pass computes the rest again. Parameters and numbers are the same. With T
+  The forward pass then keeps only the input of each block, and the backward
+  pass computes the rest again. Parameters and numbers do not change. With T
   tasks the pull-backs of `mtl_jax.task_grad` at common parameters share one
-  forward pass, but each computes the blocks again: T forward passes more, and
-  one for each task where they are evaluated at parameters of their own.
+  forward pass, but each computes the blocks again. This adds T forward passes,
+  and one for each task that is evaluated at its own parameters.
 
-  XLA's compiler for CPUs finds that both computations are one, and keeps its
-  values after all: nothing is saved there.
+  On CPUs XLA's compiler merges both computations and keeps the values after
+  all, so nothing is saved there.
 
   Args:
     block: a class of modules called as `block(x, train)`, or a function
@@ -25,7 +25,7 @@ def of_block(block: Any, remat: str) -> Any:
     remat: `'none'` or `'blocks'`.
 
   Returns:
-    The class or function; what it names keeps its name.
+    The class or function; parameter names do not change.
 
   Raises:
     ValueError: if `remat` is neither.

@@ -1,4 +1,4 @@
-"""ResNets of basic blocks, as torchvision builds them."""
+"""ResNets with basic blocks, as torchvision builds them."""
 
 from collections.abc import Sequence
 import functools
@@ -13,22 +13,23 @@ _kaiming_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 class ResNet(nn.Module):
-  """A residual network of basic blocks; ResNet-18 by default.
+  """A residual network with basic blocks; ResNet-18 by default.
 
   A 7x7 convolution with stride 2, BatchNorm, ReLU, a 3x3 maximum with stride 2;
-  stages of basic blocks, each stage but the first halving the image; the mean
-  over the image; a dense layer; ReLU. All paddings are symmetric, as in
-  torchvision.
+  stages of basic blocks, where every stage except the first halves the image;
+  the mean over the image; a dense layer; ReLU. All paddings are symmetric, as
+  in torchvision.
 
   For images of 36x36x1 this is the network of Phan et al.'s Multi-MNIST
   experiments: 11,221,540 parameters, torchvision's `resnet18` with a new first
-  convolution and a new last layer. So are the initial values: convolutions
-  normal with variance 2 / fan_out (He et al., 2015), except the first, which
-  like the dense layer has PyTorch's default, uniform in +-1/sqrt(fan_in).
+  convolution and a new last layer. The initial values are also the same:
+  convolutions are normal with variance 2 / fan_out (He et al., 2015). The first
+  convolution and the dense layer have PyTorch's default, uniform in
+  +-1/sqrt(fan_in).
 
   BatchNorm has epsilon 1e-5 and moves its statistics by a tenth a step. Its
-  running variance is that of the batch, where PyTorch multiplies by n / (n - 1)
-  with n the number of values in a channel.
+  running variance is the batch's; PyTorch multiplies that by n / (n - 1), with
+  n the number of values in a channel.
 
   Attributes:
     widths: channels of each stage; the first convolution has the first of them.
@@ -37,8 +38,8 @@ class ResNet(nn.Module):
     remat: `'blocks'` computes each block again in the backward pass, once for
       every task, instead of keeping its values; `'none'` keeps them.
     batch_norm_axis: for training inside `shard_map` or `pmap`: the mapped axis
-      over all of whose rows BatchNorm takes its statistics; None for those of
-      the rows at hand.
+      over which BatchNorm takes its statistics; None for statistics over the
+      local rows.
 
   References:
     He et al., `Deep Residual Learning for Image Recognition
@@ -56,7 +57,7 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
-    """Features [B, features] of images [B, H, W, C]."""
+    """Features [B, features] from images [B, H, W, C]."""
     if len(self.widths) != len(self.blocks):
       raise ValueError(
         f'widths {tuple(self.widths)} and blocks {tuple(self.blocks)} must have'
@@ -116,8 +117,9 @@ def _batch_norm(train, axis, name):
     use_running_average=not train,
     momentum=0.9,
     epsilon=1e-5,
-    # The fast variance is a difference of two large numbers: gradients of this
-    # network were off by 1.5e-3 with it and are by 2e-4, as PyTorch's.
+    # The fast variance is a difference of two large numbers: this network's
+    # gradients were off by 1.5e-3 with it, and are off by 2e-4 without it, like
+    # PyTorch's.
     use_fast_variance=False,
     axis_name=axis,
     name=name,

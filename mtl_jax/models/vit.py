@@ -13,21 +13,22 @@ class ViT(nn.Module):
   """A vision transformer with mean pooling; ViT-S by default.
 
   The image is cut into square patches; each is projected to `width`, and a
-  learned vector for its place is added. Then come blocks of self-attention and
-  a perceptron of one hidden layer with GELU, each after a LayerNorm and around
-  a shortcut, a last LayerNorm, and the mean over the patches.
+  learned vector for its place is added. Blocks follow, each with self-attention
+  and a perceptron that has one hidden layer with GELU. Both come after a
+  LayerNorm and have a shortcut. The output is the mean over the patches after a
+  last LayerNorm.
 
-  As Dosovitskiy et al. but for the mean: they read a class token's features,
-  and found that a mean does as well (appendix D.3). ViT-S is not among their
-  sizes; it is that of Touvron et al. For images of 224x224x3 in patches of 16
-  it has 21,664,896 parameters, 295,296 of them in the projection and 75,264 in
-  the places. Initial kernels are uniform after Glorot and Bengio, that of the
-  projection normal with variance 1 / fan_in and truncated, places normal with
-  deviation 0.02. There is no dropout.
+  The network is Dosovitskiy et al.'s except for the mean: they read a class
+  token's features, and found that a mean does as well (appendix D.3). ViT-S is
+  not among their sizes; it is from Touvron et al. For images of 224x224x3 in
+  patches of 16 it has 21,664,896 parameters, 295,296 of them in the projection
+  and 75,264 in the places. Initial kernels are uniform after Glorot and Bengio,
+  except the projection's, which is truncated normal with variance 1 / fan_in.
+  Places are normal with deviation 0.02. There is no dropout.
 
   Attributes:
     patch_size: height and width of a patch, which must divide the image's; 4
-      makes 81 of an image of 36x36.
+      makes 81 patches from an image of 36x36.
     width: width of the features, and of the output.
     blocks: number of blocks.
     heads: number of heads of the attention.
@@ -52,7 +53,7 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
-    """Features [B, width] of images [B, H, W, C]; `train` has no effect."""
+    """Features [B, width] from images [B, H, W, C]; `train` has no effect."""
     if self.width % self.heads:
       raise ValueError(
         f'heads must divide width {self.width}, got {self.heads}'
@@ -96,7 +97,7 @@ class _Block(nn.Module):
     x += nn.MultiHeadDotProductAttention(
       self.heads,
       kernel_init=_xavier,
-      # In the dtype of the products its sum would lose a large part of them.
+      # In the products' dtype the sum would lose a large part of them.
       force_fp32_for_softmax=True,
       name='attention',
     )(y)

@@ -1,1 +1,1 @@
-"""Forms of convolution and pooling that XLA's CPU backend is fast at."""
+"""Forms of convolution and pooling that are fast on XLA's CPU backend."""

@@ -1,15 +1,15 @@
-"""Convolutions in forms that XLA's CPU backend is fast at.
+"""Convolutions in forms that are fast on XLA's CPU backend.
 
-It has slow paths for exactly the shapes of small images: convolutions on images
-of 2x2 or 3x3, the gradient of a convolution with a stride, and wide kernels
-over few channels. Its convolutions also multiply by the zeros of the padding,
-which are most of what a 3x3 kernel meets on an image of 2x2.
+That backend has slow paths for exactly the shapes of small images: convolutions
+on images of 2x2 or 3x3, the gradient of a convolution with a stride, and wide
+kernels over few channels. Its convolutions also multiply by the zeros of the
+padding, which make up most of the input to a 3x3 kernel on an image of 2x2.
 
-It also brings convolutions into the one layout that its fast path knows, but
-not inside loops, where those that differentiation makes take many times longer.
-The derivative of a convolution is therefore given here, in that layout. It is
-one of reverse mode (`jax.custom_vjp`): `jax.jvp` of a gradient works, `jax.jvp`
-of the convolution itself does not.
+It brings convolutions into the one layout that its fast path knows, but not
+inside loops. There the convolutions from differentiation take many times
+longer. The derivative of a convolution is therefore given here, in that layout,
+for reverse mode (`jax.custom_vjp`): `jax.jvp` of a gradient works, `jax.jvp` of
+the convolution itself does not.
 """
 
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def _conv_by_patches(x, kernel, strides, padding, precision):
 
 
 def _conv_by_rows(x, kernel, strides, padding, precision):
-  """One product for each row of the kernel, of patches that are one row."""
+  """One product for each row of the kernel, with patches of one row."""
   height, width, channels, features = kernel.shape
   across = (1, strides[1]), ((0, 0), padding[1])
   x = _patches(x, (1, width, channels, features), *across)
@@ -84,7 +84,7 @@ def _conv_by_rows(x, kernel, strides, padding, precision):
 
 
 def _patches(x, kernel_shape, strides, padding):
-  """What the kernel meets at every output [B, H', W', height width C]."""
+  """The kernel's input at every output [B, H', W', height width C]."""
   out_size = spans.out_size(x.shape, kernel_shape, strides, padding)
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   windows = spans.windows(x, kernel_shape, strides, out_size)
@@ -92,12 +92,12 @@ def _patches(x, kernel_shape, strides, padding):
 
 
 def _conv_by_bands(x, kernel, strides, padding, precision):
-  """A convolution over the height alone, with banded matrices over the width.
+  """A convolution over the height only, with banded matrices over the width.
 
-  Some columns of a row of the image are one vector of their W x C channels. At
-  every height in the kernel a matrix [W x C, W' x features] holds that row of
-  the kernel once for each output column. It multiplies by zeros too, but has
-  wide channels, which the native convolution is fast for.
+  Several columns in a row of the image are one vector of W x C channels. For
+  every row of the kernel a matrix [W x C, W' x features] holds that row once
+  for each output column. The product includes zeros, but it has wide channels,
+  for which the native convolution is fast.
   """
   del strides  # ones
   height, kernel_width, channels, features = kernel.shape
@@ -107,7 +107,7 @@ def _conv_by_bands(x, kernel, strides, padding, precision):
   strips = min(strips, columns_out)
   columns = math.ceil(columns_out / strips)
   width = columns + kernel_width - 1
-  # The last one may be of columns that no output has.
+  # The last band may contain columns without an output.
   low, high = padding[1]
   high += strips * columns - columns_out
   x = jnp.pad(x, ((0, 0), (0, 0), (low, high), (0, 0)))
@@ -122,7 +122,7 @@ def _conv_by_bands(x, kernel, strides, padding, precision):
     ],
     axis=3,
   )
-  # With one axis of space: as images one column wide it takes twice as long.
+  # With one spatial axis: images one column wide take twice as long.
   out = _conv_in_layout(
     pieces.reshape(batch * strips, rows, width * channels),
     bands.reshape(height, width * channels, columns * features),
@@ -137,7 +137,7 @@ def _conv_by_bands(x, kernel, strides, padding, precision):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv_in_layout(x, kernel, strides, padding, precision):
-  """The native convolution, over one or two axes of space."""
+  """The native convolution, over one or two spatial axes."""
   return _native(x, kernel, padding, precision, strides=strides)
 
 
@@ -165,8 +165,8 @@ def _conv_in_layout_backward(strides, padding, precision, saved, cotangent):
   x, kernel = saved
   axes = tuple(range(len(strides)))
   before = [low for low, _ in padding]
-  # From the first to the last output, in steps of the input; a stride leaves
-  # rows between them and, where it does not divide, rows behind the last.
+  # From the first to the last output, in steps of the input. A stride skips
+  # rows between them and, if it does not divide, rows behind the last.
   spans = [(cotangent.shape[1 + i] - 1) * strides[i] + 1 for i in axes]
   mirrored = [kernel.shape[i] - 1 - before[i] for i in axes]
   of_x = _native(

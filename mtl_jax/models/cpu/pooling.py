@@ -1,7 +1,7 @@
-"""Maximum pooling that XLA's CPU backend is fast at.
+"""Maximum pooling that is fast on XLA's CPU backend.
 
-The gradient of `reduce_window` takes a slow path there. The derivative given
-here, of reverse mode alone, comes from the places of the maxima.
+The gradient of `reduce_window` takes a slow path there. The derivative here is
+for reverse mode only and uses the places of the maxima.
 """
 
 import functools
@@ -21,7 +21,7 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
 
 
 def _max_and_place(x, window, stride, padding):
-  """The maximum of every window, and where in the window it is first."""
+  """The maximum of every window, and its first place in the window."""
   shape = (window,) * 2
   strides, pads = (stride,) * 2, ((padding,) * 2,) * 2
   out_size = spans.out_size(x.shape, shape, strides, pads)

@@ -1,11 +1,11 @@
-"""Where windows over images lie, for the CPU's convolutions and pooling."""
+"""Positions of windows over images, for the CPU's convolutions and pooling."""
 
 from jax import lax
 import jax.numpy as jnp
 
 
 def out_size(shape, kernel_shape, strides, padding):
-  """(H', W') of images [B, H, W, C] under a kernel [height, width, ...]."""
+  """(H', W') for images [B, H, W, C] and a kernel [height, width, ...]."""
   return tuple(
     (shape[1 + i] + sum(padding[i]) - kernel_shape[i]) // strides[i] + 1
     for i in range(2)

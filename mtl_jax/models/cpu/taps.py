@@ -13,10 +13,10 @@ from mtl_jax.models.cpu import spans
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def conv_by_taps(x, kernel, strides, padding, precision):
-  """The sum over places in the kernel of one product each.
+  """The sum over places in the kernel, with one product for each.
 
-  A product has those inputs alone that the place meets, so that nothing is
-  multiplied by the zeros of the padding. Sums are float32 at least.
+  A product takes only the inputs at its place, so that nothing is multiplied by
+  the zeros of the padding. Sums are float32 at least.
 
   Args:
     x: images [B, H, W, C].
@@ -82,10 +82,10 @@ class _Tap(NamedTuple):
 
   Attributes:
     place: (row, column) in the kernel.
-    first_in: the first input that it meets, (row, column).
-    first_out: the first output that it is part of.
-    count: how many there are of them, by row and column.
-    strides: from one of the inputs to the next.
+    first_in: the first of these inputs, (row, column).
+    first_out: the first of these outputs.
+    count: their number, by row and column.
+    strides: the steps from one input to the next.
   """
 
   place: tuple[int, int]
@@ -129,7 +129,7 @@ class _Tap(NamedTuple):
 
 
 def _taps(shape, kernel_shape, strides, padding):
-  """Yields the taps that meet an input at all."""
+  """Yields the taps that have any input."""
   out_size = spans.out_size(shape, kernel_shape, strides, padding)
   for place in np.ndindex(*kernel_shape[:2]):
     ends = []
