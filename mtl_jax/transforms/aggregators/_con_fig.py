@@ -95,6 +95,9 @@ def con_fig(
     def combination(shares):
       """A sum of unit gradients, its inner products with them, its square."""
       weights = jnp.where(usable, shares / lengths, 0)
+      if given.unmasked is None:  # The Gram matrix is all there is.
+        inner = gram @ weights
+        return None, jnp.where(usable, inner / lengths, 0), weights @ inner
       u = algebra.weighted_sum(
         weights, given.unmasked, given.active, keep_wide=True
       )
@@ -132,4 +135,5 @@ def con_fig(
     num_tasks=num_tasks,
     axes=aggregation.Axes(axis_name, reduce, shard_axis),
     residual=True,
+    gram_only=True,
   )
