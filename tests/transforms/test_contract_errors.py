@@ -98,14 +98,10 @@ def test_wrong_shapes_raise_in_every_kind_of_rule(method):
 
 
 @pytest.mark.parametrize('method', methods.ALL)
-def test_wrong_shapes_raise(method):
+def test_gradients_losses_and_active_of_wrong_shapes_raise(method):
   task_grads, params, num_tasks, message = WRONG_SHAPES['broadcastable']
   with pytest.raises(ValueError, match=message):
     _update(method, task_grads, params, num_tasks)
-
-
-@pytest.mark.parametrize('method', methods.ALL)
-def test_losses_and_active_must_have_one_entry_a_task(method):
   shapes = [(), (1,), (3,), (2, 1)] if method.name in KIND_NAMES else [(1,)]
   for argument in ('losses', 'active'):
     message = rf'{argument} must have shape \(2,\)'
