@@ -1,4 +1,4 @@
-"""From a config to a joint update and an optax chain."""
+"""Joint updates and optax chains from a config."""
 
 from collections.abc import Sequence
 import functools
@@ -17,7 +17,7 @@ from mtl_jax.transforms import bilevel
 from mtl_jax.transforms import weightings
 from mtl_jax.transforms.contract import labels
 
-# What the trainer gives to `flat_minima`, or a config cannot.
+# Arguments of `flat_minima` from the trainer, or that a config cannot hold.
 _NOT_OF_FLAT = (
   *('aggregator', 'task_names', 'perturbation', 'combiner', 'param_labels'),
 )
@@ -31,7 +31,7 @@ def joint_update(
   axis_name: str | None = None,
   **given: Any,
 ) -> updates.JointUpdate:
-  """The method of a config, in the way that `config.joint_update` names.
+  """The method of a config as the joint update `config.joint_update`.
 
   Args:
     config: reads `config.method`, an entry of `configs/methods.py`;
@@ -47,7 +47,7 @@ def joint_update(
 
   Raises:
     ValueError: for an unknown name, and for a method and an update that do not
-      go together; names both.
+      go together; the message names both.
   """
   method, how = config.method, config.joint_update
   if how not in UPDATES:
@@ -114,7 +114,7 @@ def _features(aggregator, method, task_names, perturbation):
   )
 
 
-# What `config.joint_update` may be, and what makes it of an aggregator.
+# Values of `config.joint_update`, and the functions that make the updates.
 UPDATES = {
   'stack': _stack,
   'gram': functools.partial(_gram_based, updates.gram_update),
@@ -146,7 +146,7 @@ def _check_method(method, perturbation):
 
 
 def _aggregator(method, weighting, task_names, seed, axis_name):
-  """The aggregator of task gradients that a method names."""
+  """The aggregator that a method names."""
   given = {'num_tasks': len(task_names), 'axis_name': axis_name}
   if isinstance(weighting, transforms.BilevelWeighting):
     raise ValueError(
@@ -163,13 +163,13 @@ def _aggregator(method, weighting, task_names, seed, axis_name):
 def make_weighting(
   method: Any, seed: int = 0, **given: Any
 ) -> transforms.LossWeighting | transforms.BilevelWeighting | None:
-  """The loss weighting of a config; None for an aggregator.
+  """The loss weighting in a config; None for an aggregator.
 
   Args:
     method: an entry of `configs/methods.py`: `weighting`, a name in
-      `mtl_jax.transforms` or None, and `kwargs`. An argument that is itself a
-      weighting is given by its name.
-    seed: given to a random method whose `kwargs` name none.
+      `mtl_jax.transforms` or None, and `kwargs`. If an argument is itself a
+      weighting, its name is given.
+    seed: passed to a random method whose `kwargs` have none.
     **given: further arguments for factories that take them and whose `kwargs`
       do not name them, such as `steps_per_epoch`.
 
@@ -177,7 +177,7 @@ def make_weighting(
     The weighting.
 
   Raises:
-    ValueError: if there is no weighting of that name.
+    ValueError: if there is no weighting with that name.
   """
   if method.weighting is None:
     return None
@@ -200,7 +200,7 @@ def _weighting_by_name(name, kwargs, given):
 
 
 def _arguments(name, factory, kwargs, **given):
-  """`kwargs`, and of `given` what the factory takes besides."""
+  """`kwargs`, and the arguments in `given` that the factory also takes."""
   taken = inspect.signature(factory).parameters
   values = {
     **{key: value for key, value in given.items() if key in taken},
@@ -213,7 +213,7 @@ def _arguments(name, factory, kwargs, **given):
 
 
 def _named(rooms, key, name):
-  """The factory of a name in rooms of `transforms`."""
+  """The factory with a name in rooms of `transforms`."""
   known = {x: room for room in rooms for x in room.__all__}
   if name not in known:
     raise ValueError(f'{key} must be one of {tuple(known)}, got {name!r}')
@@ -221,11 +221,12 @@ def _named(rooms, key, name):
 
 
 def learning_rate_schedule(optimizer: Any, total_steps: int) -> optax.Schedule:
-  """The learning rate over the steps of a run.
+  """The learning rate over a run's steps.
 
   Args:
     optimizer: `learning_rate`, and `schedule`: `'constant'`, `'cosine'` (down
-      to zero) or `'step'` (halved at half of the run, as in the MTAN protocol).
+      to zero) or `'step'` (halved halfway through the run, as in the MTAN
+      protocol).
     total_steps: length of the run.
 
   Returns:
@@ -256,7 +257,7 @@ def _clip(name, norm):
 
 
 def _is_shared(tree):
-  """Which leaves are shared, for `optax.masked`."""
+  """Mask of the shared leaves, for `optax.masked`."""
   return jax.tree.map(
     lambda label: label == labels.SHARED, transforms.default_labels(tree)
   )
@@ -265,10 +266,10 @@ def _is_shared(tree):
 def optimizer(
   config: Any, total_steps: int
 ) -> optax.GradientTransformationExtraArgs:
-  """The optimizer of one gradient: clip, Adam, decoupled decay, learning rate.
+  """The optimizer for one gradient: clip, Adam, decoupled decay, learning rate.
 
   `config.method.clip_shared` is the largest norm of the update's shared part;
-  heads are neither counted nor scaled by it.
+  it neither counts nor scales heads.
 
   Args:
     config: reads `config.optimizer` and `config.method.clip_shared`.
@@ -278,11 +279,11 @@ def optimizer(
     An optax transformation.
 
   Raises:
-    ValueError: for values that are out of range.
+    ValueError: for values out of range.
   """
   options = config.optimizer
   parts = []
-  # A method may be written without the field.
+  # A method may omit the field.
   clip_shared = config.method.get('clip_shared')
   if clip_shared is not None:
     clip = _clip('method.clip_shared', clip_shared)

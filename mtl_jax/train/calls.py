@@ -1,4 +1,4 @@
-"""What one call of the compiled step does: one update, or k of them."""
+"""Calls of the compiled step, with one update or k updates each."""
 
 from collections.abc import Callable
 import math
@@ -17,16 +17,16 @@ def make_call(
   steps_per_call: int,
   placement: str,
 ) -> Callable[[Any, Any], Any]:
-  """Makes one function of `steps_per_call` updates, to be jitted.
+  """Makes one function that takes `steps_per_call` updates, to be jitted.
 
   Small models leave the device idle while Python starts the next step; k steps
-  in one call start it once. The updates are those of k calls, on CPUs bit for
-  bit; elsewhere XLA may add up in another order in another program.
+  in one call start it once. The updates equal those from k calls, on CPUs bit
+  for bit; elsewhere XLA may add up in a different order in a different program.
 
   Args:
     step: `(state, batch) -> state`.
     steps_per_call: k.
-    placement: where the training split lies, `'host'` or `'device'`.
+    placement: the place of the training split, `'host'` or `'device'`.
 
   Returns:
     `(state, inputs) -> state`. `inputs` is a batch with the data on the host,
@@ -58,7 +58,7 @@ def _repeated(step, steps_per_call):
 
 
 def stacked_shapes(batch: Any, steps_per_call: int) -> Any:
-  """Shapes of the inputs of a call, from arrays of one step."""
+  """Shapes of a call's inputs, from arrays for one step."""
   stack = () if steps_per_call == 1 else (steps_per_call,)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype), batch
@@ -68,9 +68,9 @@ def stacked_shapes(batch: Any, steps_per_call: int) -> Any:
 def check_steps_per_call(
   config: ml_collections.ConfigDict, steps_per_epoch: int
 ) -> None:
-  """Raises a ValueError if what is due after some step falls inside a call.
+  """Raises a ValueError if work due after some step falls inside a call.
 
-  So there is no shorter call, not at the end of a run either.
+  All calls thus have the same length, also at the end of a run.
 
   Args:
     config: of `configs/`.

@@ -1,9 +1,9 @@
-"""Checkpoints: written whole or not at all, and verified when read.
+"""Checkpoints that are written whole or not at all, and verified when read.
 
-Orbax writes them, in the background, as a flat dictionary of arrays named after
-their place in the state (`train_state/params/shared/...`). Beside them lies a
-checksum of every array, because Orbax's storage reads a damaged array without
-complaint.
+Orbax writes them in the background as a flat dictionary of arrays, named after
+their place in the state (`train_state/params/shared/...`). A checksum of every
+array is stored beside them, because Orbax's storage reads a damaged array
+without complaint.
 """
 
 from collections.abc import Mapping
@@ -29,8 +29,8 @@ class Checkpoints:
 
     Args:
       workdir: the run directory.
-      keep: number of newest checkpoints that stay. One is too few to survive a
-        damaged one.
+      keep: number of newest checkpoints that stay. With only one, a damaged
+        checkpoint would end the run.
 
     Raises:
       ValueError: if `keep` is not positive.
@@ -50,16 +50,16 @@ class Checkpoints:
     )
 
   def steps(self) -> list[int]:
-    """Steps of the checkpoints there are, the oldest first."""
+    """Steps of the existing checkpoints, the oldest first."""
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, state: Any, info: Mapping[str, Any]) -> None:
     """Starts writing a checkpoint; the state may be donated afterwards.
 
     Args:
-      step: names the checkpoint; one that is there already stays.
-      state: any tree of arrays; keys of `jax.random.key` are welcome.
-      info: what else is needed, anything JSON can hold.
+      step: names the checkpoint; an existing one stays.
+      state: any tree of arrays; keys from `jax.random.key` are allowed.
+      info: further information, in any form that JSON can hold.
     """
     if step in self._manager.all_steps():
       return
@@ -73,23 +73,22 @@ class Checkpoints:
     )
 
   def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
-    """Reads the newest checkpoint that is whole.
+    """Reads the newest undamaged checkpoint.
 
-    A damaged one is moved to `<workdir>/damaged_checkpoints` with a warning,
-    and the one before it is read.
+    A damaged checkpoint is moved to `<workdir>/damaged_checkpoints` with a
+    warning, and the previous one is read.
 
     Args:
-      template: a state of the same structure, shapes and dtypes, such as the
-        one training would start from. Its shardings are those of the result;
-        the checkpoint may have been written with others, by another number of
-        devices or processes.
+      template: a state with the same structure, shapes and dtypes, such as the
+        initial one. The result gets its shardings; the checkpoint may have been
+        written with others, by another number of devices or processes.
 
     Returns:
       `(state, info)`, laid out like `template`; None if there is no checkpoint.
 
     Raises:
-      ValueError: if the checkpoint is of another structure than `template`
-        (tells what differs), or if no checkpoint is whole.
+      ValueError: if the checkpoint's structure differs from `template` (the
+        message lists the differences), or if all checkpoints are damaged.
     """
     steps = self.steps()[::-1]
     damaged = {}
@@ -101,7 +100,7 @@ class Checkpoints:
           f'the checkpoint {self._directory / str(step)} is not of this '
           f'config: {error}'
         ) from None
-      # Orbax and TensorStore raise whatever the damage led them to.
+      # The damage decides what Orbax and TensorStore raise.
       except Exception as error:
         reason = (str(error).strip().splitlines() or [''])[0]
         damaged[step] = f'{type(error).__name__}: {reason}'[:300]
@@ -171,7 +170,7 @@ class Checkpoints:
 
 
 class _MismatchError(Exception):
-  """A checkpoint of another structure; no reason to fall back."""
+  """A checkpoint with another structure, which is no reason to fall back."""
 
 
 def _is_key(x):
@@ -200,10 +199,10 @@ def _unflatten(arrays, template):
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-  """Checksum of each array, which does not depend on how it is sharded.
+  """Checksum of each array, independent of its sharding.
 
-  It is a sum over entries, which can be taken shard by shard: no process has to
-  hold an array whole.
+  It is a sum over entries, taken shard by shard, so no process has to hold a
+  whole array.
 
   Args:
     arrays: {name: array}, sharded over any devices of all processes.
@@ -227,13 +226,13 @@ def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
 def _sum_of_shard(shard, index):
   """Sum of the entries' bits times an odd number of their place, mod 2^32.
 
-  Odd, so that the change of a single entry always shows.
+  The number is odd, so that a change in a single entry always shows.
   """
   size = shard.dtype.itemsize
-  # Not every dtype has a buffer of its own; all have a size of their own.
+  # Not every dtype supports the buffer protocol, but all have an item size.
   flat = np.ascontiguousarray(shard).reshape(-1)
   words = flat.view(f'uint{8 * min(size, 4)}').astype(np.uint32)
-  # Entries of 8 bytes are two words along one more axis.
+  # Entries with 8 bytes are two words along one more axis.
   total = words.reshape(shard.shape if size <= 4 else (*shard.shape, size // 4))
   starts = [cut.start or 0 for cut in index] + [0]
   for axis in reversed(range(total.ndim)):

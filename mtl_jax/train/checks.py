@@ -1,4 +1,4 @@
-"""What can be told to be wrong from a config alone."""
+"""Checks that need only the config."""
 
 import ml_collections
 
@@ -25,7 +25,7 @@ _CHOICES = {
   'perturbation': ('global', 'per_device'),
   'parallel.batch_norm': ('global', 'per_device'),
   'parallel.parameters': sharding.PARAMETERS,
-  # Those that JAX has for all devices.
+  # The precisions that JAX has for all devices.
   'precision': (
     *('default', 'high', 'highest'),
     *('bfloat16', 'tensorfloat32', 'float32'),
@@ -33,7 +33,7 @@ _CHOICES = {
 }
 
 
-# Every config has these; own ones may have more.
+# Every config has these entries; a user's config may have more.
 ENTRIES = {
   '': (
     *('problem', 'data', 'model', 'method', 'optimizer', 'parallel'),
@@ -54,14 +54,14 @@ ENTRIES = {
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-  """Checks what can be told from a config alone.
+  """Raises for faults that the config alone shows.
 
   Args:
     config: of `configs/`.
 
   Raises:
-    ValueError: if an entry is missing, a value out of range, or the method
-      another than its name says; names the key.
+    ValueError: if an entry is missing, a value is out of range, or the method
+      differs from its name; the message names the key.
   """
   for group, entries in ENTRIES.items():
     held = config[group] if group else config
@@ -87,7 +87,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
       f'{config.parallel.task_devices} and {config.model.sharing!r}'
     )
   for name in per_device(config):
-    # There every device holds everything and does every task.
+    # In that mode every device holds everything and does every task.
     for key, only in (('parameters', 'replicated'), ('task_devices', 1)):
       value = config.parallel[key]
       if value != only:
@@ -98,8 +98,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_name(config):
-  """Raises if a run would be recorded under the name of another method."""
-  # Own configs may name their methods as they like.
+  """Raises if a run would be recorded under another method's name."""
+  # A user's config may use any method name.
   told = config.method.get('stands_for')
   if told is None:
     return
@@ -122,7 +122,7 @@ def _check_name(config):
 
 
 def per_device(config):
-  """The keys by which a step has to run on every device by itself."""
+  """The keys for which each device has to run the step separately."""
   values = {
     'perturbation': config.perturbation,
     'parallel.batch_norm': config.parallel.batch_norm,

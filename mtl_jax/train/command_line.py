@@ -1,8 +1,7 @@
-"""How `python -m mtl_jax.PROGRAM` ends when it cannot go on.
+"""Handling of signals and missing packages in `python -m mtl_jax.PROGRAM`.
 
-The package imports this module before anything that takes seconds. A signal and
-a missing package are then one line instead of a traceback, from the first
-import on.
+The package imports this module before slow imports. From the first import on, a
+signal or a missing package then gives one line instead of a traceback.
 """
 
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 from typing import NoReturn
 
 _PROGRAMS = ('mtl_jax.main', 'mtl_jax.predict', 'mtl_jax.report')
-# What the extra `train` of setup.cfg installs, by the names of the modules.
+# The modules from the extra `train` in setup.cfg.
 _TRAIN = (
   *('absl', 'array_record', 'flax', 'grain', 'importlib_resources'),
   *('matplotlib', 'ml_collections', 'orbax', 'rich', 'sklearn', 'tensorboardX'),
@@ -25,10 +24,10 @@ _TRAIN = (
 
 
 def start() -> None:
-  """Makes Ctrl-C and missing packages of this process one line each.
+  """Makes this process end with one line on Ctrl-C or a missing package.
 
-  Tracebacks of reads that end after their checkpoint was found damaged are not
-  shown.
+  It hides the tracebacks of reads that end after their checkpoint was found
+  damaged.
   """
   signal.signal(signal.SIGINT, leave)
   sys.excepthook = _show
@@ -46,7 +45,7 @@ def leave(number: int, frame: FrameType | None) -> NoReturn:
 def tidy_end() -> Iterator[None]:
   """Lets the body clean up when Ctrl-C or SIGTERM ends the process.
 
-  The signal raises KeyboardInterrupt in the body; behind the body the process
+  The signal raises KeyboardInterrupt in the body; after the body the process
   ends with one line. A second signal ends it at once.
   """
   came = []
@@ -66,7 +65,7 @@ def tidy_end() -> Iterator[None]:
     yield
   except KeyboardInterrupt:
     if came:
-      # Not by way of Python's end, which crashes where JAX was tracing.
+      # This skips Python's shutdown, which crashes if JAX was tracing.
       leave(came[0], None)
     raise
   finally:
@@ -79,7 +78,7 @@ def _show(
   error: BaseException,
   traceback: TracebackType | None,
 ) -> None:
-  """Shows an error that nobody caught."""
+  """Shows an uncaught error."""
   if isinstance(error, ModuleNotFoundError):
     if str(error.name).partition('.')[0] in _TRAIN:
       print(
@@ -91,15 +90,15 @@ def _show(
 
 
 def _show_unraisable(unraisable: Any) -> None:
-  # Said by TensorStore's threads for each array of a checkpoint, when the read
-  # of one has failed and nobody waits for the others.
+  # TensorStore's threads raise this for each array in a checkpoint, when one
+  # read has failed and nothing waits for the others.
   if str(unraisable.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(unraisable)
 
 
 def _is_starting() -> bool:
-  """Whether this process is looking for the module of one of the programs."""
-  # Python has that in place of the program's name while it looks.
+  """Whether this process is looking up the module of one of the programs."""
+  # Python puts `-m` in the place of the program's name during the look-up.
   return sys.argv[:1] == ['-m'] and any(
     argument.removeprefix('-m') in _PROGRAMS for argument in sys.orig_argv
   )

@@ -1,4 +1,4 @@
-"""Devices and processes: start-up, the mesh, and batches on the mesh."""
+"""Start-up of processes, the mesh of devices, and batches on the mesh."""
 
 import collections
 from collections.abc import Iterator
@@ -24,21 +24,22 @@ def initialize(
   *,
   timeout_s: int = 300,
 ) -> None:
-  """Starts `jax.distributed`; call it before anything asks for a device.
+  """Starts `jax.distributed`; call it before any use of a device.
 
-  Without arguments JAX finds them by itself on Cloud TPU pods, under Slurm and
-  under Open MPI.
+  Without arguments JAX detects them on Cloud TPU pods, under Slurm and under
+  Open MPI.
 
   Args:
     coordinator_address: `host:port` of process 0.
     num_processes: number of processes.
-    process_id: which of them this is.
+    process_id: the number of this process.
     timeout_s: seconds to wait for the other processes.
 
   Raises:
-    ValueError: if some but not all of the three are given, or processes were
-      given different `num_processes`.
-    TimeoutError: if the three are given and a process did not come; names it.
+    ValueError: if some but not all of the three are given, or if processes have
+      different `num_processes`.
+    TimeoutError: if the three are given and a process did not come; the message
+      names it.
   """
   given = (coordinator_address, num_processes, process_id)
   if any(x is None for x in given) and any(x is not None for x in given):
@@ -61,7 +62,7 @@ def initialize(
     )
   jax.distributed.initialize(*given, initialization_timeout=timeout_s)
   # Processes find each other at the first exchange, for which Gloo (on CPU)
-  # waits 30 s; from then on they may wait as long as preparing data takes.
+  # waits 30 s. After that they can wait for the preparation of data.
   wait_for_all('all processes have started')
 
 
@@ -70,21 +71,21 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
   """A mesh over all devices of all processes.
 
-  Devices of one process lie side by side, so that the rows a process holds are
-  the rows that the pipeline gives it.
+  Devices of one process are neighbours, so that a process holds the rows that
+  the pipeline gives it.
 
   Args:
-    devices: the devices; all there are by default.
+    devices: the devices; all devices by default.
     task_devices: n. With 1 the mesh has one axis, `'data'`; with more it has
-      the axes `('data', 'task')` and n devices along `'task'`, which share out
-      the tasks of one part of the batch.
+      the axes `('data', 'task')` and n devices along `'task'`, among which the
+      tasks are divided for one part of the batch.
 
   Returns:
     The mesh.
 
   Raises:
-    ValueError: if n does not divide the number of devices of every process: the
-      rows of a part of the batch would have to be read by two processes.
+    ValueError: if n does not divide the number of devices in every process: two
+      processes would have to read the rows of one part of the batch.
   """
   devices = jax.devices() if devices is None else devices
   ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
@@ -107,14 +108,14 @@ def make_mesh(
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """The sharding of what every device holds whole."""
+  """The sharding of arrays that every device holds whole."""
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def batch_sharded(
   mesh: jax.sharding.Mesh, axis: int = 0
 ) -> jax.sharding.NamedSharding:
-  """The sharding of a batch: the axis of its examples along `'data'`."""
+  """The sharding of a batch, with the axis of its examples along `'data'`."""
   spec = jax.sharding.PartitionSpec(*(None,) * axis, DATA_AXIS)
   return jax.sharding.NamedSharding(mesh, spec)
 
@@ -122,7 +123,7 @@ def batch_sharded(
 def check_batch_size(
   batch_size: int, mesh: jax.sharding.Mesh, micro_batches: int = 1
 ) -> None:
-  """Raises a ValueError if a batch does not divide among its devices."""
+  """Raises a ValueError if a batch cannot be divided among its devices."""
   along_data = mesh.shape[DATA_AXIS]
   parts = along_data * micro_batches
   if batch_size < 1 or batch_size % parts:
@@ -140,7 +141,7 @@ def put_batch(
   Args:
     batch: NumPy arrays, one axis of which is this process's share of the batch.
     mesh: of `make_mesh`.
-    axis: that axis; before it are axes that every process holds whole.
+    axis: that axis; every process holds the axes before it whole.
 
   Returns:
     The global batch, sharded over the mesh.
@@ -154,7 +155,7 @@ def put_batch(
 
 
 def is_main() -> bool:
-  """Whether this is the process that writes files and shows things."""
+  """Whether this is the process that writes files and shows progress."""
   return jax.process_index() == 0
 
 
@@ -177,14 +178,14 @@ def add_up(numbers: Mapping[str, int]) -> dict[str, int]:
 
 
 def wait_for_all(name: str) -> None:
-  """Returns when all processes have come here; `name` tells places apart."""
+  """Returns when all processes have come here; `name` identifies the place."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def process_zero_first(name: str) -> Iterator[None]:
-  """Process 0 runs the body, then the others do; such as preparing data."""
+  """Process 0 runs the body before the others, for example to prepare data."""
   if not is_main():
     wait_for_all(name)
   yield

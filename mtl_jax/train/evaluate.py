@@ -18,7 +18,7 @@ def make_eval_step(
 
   Returns:
     A pure function `(params, model_state, batch) -> sums`; a tree of arrays to
-    be added up over the batches of a split and given to `finish_eval`.
+    be added up over a split's batches and passed to `finish_eval`.
   """
   with_loss = step_metrics.with_loss(problem)
 
@@ -31,11 +31,11 @@ def make_eval_step(
 
 
 def finish_eval(problem: types.Problem, sums: Any) -> dict[str, float]:
-  """The numbers of a split from its sums.
+  """The metrics of a split from its sums.
 
   Args:
     problem: the problem.
-    sums: what the evaluation step returned, added up over all batches.
+    sums: results of the evaluation step, added up over all batches.
 
   Returns:
     `{'<task>/loss': mean loss, '<task>/<metric>': value}`; NaN for a task

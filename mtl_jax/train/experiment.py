@@ -1,4 +1,4 @@
-"""What a config stands for: problem, data, mesh and jitted functions."""
+"""The problem, data, mesh and jitted functions for a config."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 
 class LoopState(NamedTuple):
-  """What a step changes and a checkpoint holds.
+  """The state that a step changes and a checkpoint holds.
 
   Attributes:
     train: parameters, the optimizer's state and so on.
@@ -46,23 +46,23 @@ class LoopState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A config turned into functions; nothing in it changes while it runs.
+  """A config turned into functions; it does not change during a run.
 
   Attributes:
     config: the config.
     problem: the problem.
     model: the model.
     mesh: all devices of all processes.
-    sources: the data, `{'train': source, 'test': source}` and, where the config
-      keeps one out, `'validation'`.
+    sources: the data, `{'train': source, 'test': source}` and, if the config
+      keeps one, `'validation'`.
     device_data: the training split on the devices; None if it is on the host.
-    steps_per_epoch: number of steps of an epoch.
-    total_steps: number of steps of the whole run.
-    init: `() -> LoopState`, the state a run starts from.
+    steps_per_epoch: number of steps in an epoch.
+    total_steps: number of steps in the whole run.
+    init: `() -> LoopState`, the initial state of a run.
     step: `(LoopState, inputs) -> LoopState`, jitted; donates the state. Takes
       `config.steps_per_call` steps; see `mtl_jax.train.calls`.
     eval_step: `(params, model_state, batch, sums) -> sums`, jitted.
-    empty_window: a window of no steps, on the host.
+    empty_window: a window without steps, on the host.
     empty_sums: the sums of an evaluation before its first batch, on the host.
   """
 
@@ -83,10 +83,10 @@ class Experiment:
   def compile_step(
     self, state: LoopState
   ) -> tuple[Callable[[LoopState, types.Batch], LoopState], float]:
-    """The compiled step, and the seconds that took.
+    """The compiled step, and the seconds of the compilation.
 
-    A compiled function cannot be compiled again by accident: it raises when
-    what it is given has another shape.
+    A compiled function cannot be compiled again by accident: it raises for an
+    argument with another shape.
     """
     start = time.perf_counter()
     batch = _any_batch(self._source(), self.config, self.mesh)
@@ -111,7 +111,7 @@ class Experiment:
       yield self._inputs(batch)
 
   def _source(self):
-    """What a step's batch is drawn from: examples, or their indices."""
+    """The source of a step's batch: examples, or their indices."""
     source = self.sources['train']
     if self.device_data is None:
       return source
@@ -121,7 +121,7 @@ class Experiment:
     return batch if self.device_data is None else (self.device_data, batch)
 
   def new_window(self) -> windows.Window:
-    """A window of no steps, on the mesh."""
+    """A window without steps, on the mesh."""
     return jax.device_put(self.empty_window, distributed.replicated(self.mesh))
 
   def evaluate(self, state: steps.TrainState) -> dict[str, float]:
@@ -147,9 +147,9 @@ class Experiment:
 
 
 def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
-  """Puts together what a config stands for; compiles nothing yet.
+  """Builds the experiment for a config; compiles nothing yet.
 
-  Data that are not prepared are prepared, by process 0 before the others.
+  Process 0 prepares missing data before the other processes continue.
 
   Args:
     config: of `configs/`.
@@ -158,7 +158,7 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
     An `Experiment`.
 
   Raises:
-    ValueError: if a value of the config is out of range; names it.
+    ValueError: if a value in the config is out of range; the message names it.
   """
   checks.check_config(config)
   problem = problems.by_name(config.problem)
@@ -169,7 +169,7 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
   distributed.check_batch_size(config.batch_size, mesh, config.micro_batches)
   axis_name = distributed.DATA_AXIS if checks.per_device(config) else None
   trunk = models.by_name(config.model.name, **config.model.kwargs)
-  # Those with BatchNorm have the attribute.
+  # Trunks with BatchNorm have the attribute.
   if config.parallel.batch_norm == 'global' and hasattr(
     trunk, 'batch_norm_axis'
   ):
@@ -259,7 +259,7 @@ def make_experiment(config: ml_collections.ConfigDict) -> Experiment:
 
 
 def _load(problem, data):
-  """The sources of all splits; process 0 prepares what has to be."""
+  """The sources of all splits; process 0 prepares missing data."""
   options = {
     'kind': data.kind,
     'data_dir': data.data_dir,
@@ -277,7 +277,7 @@ def _load(problem, data):
 
 
 def _row_axis(steps_per_call):
-  """The axis of the examples in the inputs of a call."""
+  """The axis of the examples in a call's inputs."""
   return 0 if steps_per_call == 1 else 1
 
 

@@ -1,8 +1,8 @@
-"""The lock of a run directory: one process at a time trains in it.
+"""The lock of a run directory, in which one process at a time trains.
 
 A lock is a file that names its holder. The holder is alive if its host has a
-process of that number that started at that time, which no later process of the
-same number did. So a lock that a killed process left behind is taken over.
+process with that number and that start time; a later process with the same
+number started at another time. The lock of a killed process is thus taken over.
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ def hold(workdir: str | os.PathLike[str]) -> Iterator[None]:
   """Holds the lock of a run directory while the body runs.
 
   Args:
-    workdir: the run directory; made if it is not there.
+    workdir: the run directory; created if it does not exist.
 
   Yields:
     Nothing.
 
   Raises:
-    ValueError: if another process holds the lock (names it), or nothing can be
-      written to `workdir`.
+    ValueError: if another process holds the lock (the message names it), or if
+      nothing can be written to `workdir`.
   """
   workdir = pathlib.Path(workdir)
   path = workdir / FILE
@@ -48,8 +48,8 @@ def hold(workdir: str | os.PathLike[str]) -> Iterator[None]:
   try:
     yield
   finally:
-    # A forked process is not the one that holds it, and a lock that somebody
-    # removed by hand may be another's by now.
+    # A forked process does not hold it, and after a removal by hand another
+    # process may hold it now.
     if own['pid'] == os.getpid() and _read(path) == own:
       path.unlink()
 
@@ -99,7 +99,7 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _write(path: pathlib.Path, holder: dict[str, Any]) -> None:
-  # As a whole or not at all: a reader never sees half a lock.
+  # Written whole or not at all: a reader never sees half a lock.
   temporary = path.with_name(path.name + '.new')
   temporary.write_text(json.dumps(holder) + '\n', encoding='utf-8')
   temporary.replace(path)
@@ -107,14 +107,14 @@ def _write(path: pathlib.Path, holder: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: pathlib.Path) -> Iterator[None]:
-  """Keeps other processes from looking at the lock and taking it meanwhile."""
+  """Keeps other processes from reading and taking the lock meanwhile."""
   descriptor = os.open(folder, os.O_RDONLY)
   try:
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
-      # Network file systems may not lock folders. The lock file still holds
-      # there, but for two processes that start within the same millisecond.
+      # Network file systems may not lock folders. The lock file still works
+      # there, except for two processes that start within the same millisecond.
       if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP):
         raise
     yield
@@ -124,15 +124,15 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _start_time(pid: int) -> str | None:
-  """When a process started, as text to compare; None if it does not run."""
+  """The start time of a process, as text to compare; None if it has ended."""
   if pathlib.Path('/proc/self/stat').exists():
     try:
       text = pathlib.Path(f'/proc/{pid}/stat').read_text()
     except (FileNotFoundError, ProcessLookupError):
       return None
-    # What comes before is the program's name, which can hold anything.
+    # Before this comes the program's name, which can contain anything.
     state, *fields = text.rpartition(')')[2].split()
-    # A zombie has ended; nobody has asked how.
+    # A zombie has ended, and its parent has not yet read its status.
     return None if state in 'ZX' else fields[18]
   found = subprocess.run(
     ['ps', '-o', 'lstart=', '-p', str(pid)],

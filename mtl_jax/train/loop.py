@@ -1,8 +1,8 @@
-"""The training loop: from a config and a folder to the metrics of a run.
+"""The training loop, from a config and a folder to the metrics of a run.
 
-What comes after a step comes in a fixed order: log, evaluate, save. So a
-checkpoint is never ahead of the log, and a run that starts again cuts the log
-back to its checkpoint and goes on as if it had never stopped.
+After a step the order is fixed: log, evaluate, save. A checkpoint is thus never
+ahead of the log. A restarted run cuts the log back to its checkpoint and
+continues as if it had never stopped.
 """
 
 from collections.abc import Iterator
@@ -37,36 +37,38 @@ def train(
   *,
   overwrite_config: bool = False,
 ) -> dict[str, float]:
-  """Trains and evaluates; goes on where an earlier call stopped.
+  """Trains and evaluates; continues where an earlier call stopped.
 
   Everything is a function of the config: a run that was stopped or killed and
-  started again ends with the same numbers as one that was not, times apart.
-  Ctrl-C and SIGTERM save a checkpoint and leave.
+  started again ends with the same numbers as an uninterrupted run, except for
+  times. Ctrl-C and SIGTERM save a checkpoint and end the run.
 
   Args:
     config: of `configs/`.
-    workdir: the run directory, of this run alone.
-    overwrite_config: go on in a directory of another config. What has been
-      trained there must be the same run: its problem, data, batch size, seed,
-      model and method.
+    workdir: the run directory, for this run only.
+    overwrite_config: whether to continue in a directory with another config.
+      Both configs must be the same run, with one problem, data, batch size,
+      seed, model and method.
 
   Returns:
     The last evaluation, `{'test/<task>/<metric>': value, ...}`.
 
   Raises:
-    ValueError: if the directory is of another config (tells the keys that
-      differ), another process trains there, its checkpoints do not fit or none
-      can be read, or a value of the config is out of range. The directory's
-      `config.json`, `run.json` and `metrics.jsonl` are then as they were.
-    NonFiniteLossError: if a loss is not finite; names task and step.
-    Interrupted: after a signal, when all is saved.
+    ValueError: if the directory has another config (the message lists the keys
+      that differ), another process trains there, its checkpoints do not fit or
+      none can be read, or a value in the config is out of range. The
+      directory's `config.json`, `run.json` and `metrics.jsonl` are then
+      unchanged.
+    NonFiniteLossError: if a loss is not finite; the message names task and
+      step.
+    Interrupted: after a signal, when everything is saved.
   """
   if '://' in str(workdir):
     raise ValueError(
       f'workdir must be a folder of a mounted file system, got {workdir!r}; a '
       'bucket can be mounted, with gcsfuse for example'
     )
-  # First of all: JAX would not say which key a wrong precision is of.
+  # First, because JAX would not name the key of a wrong precision.
   checks.check_config(config)
   with jax.default_matmul_precision(config.precision):
     return _train(config, pathlib.Path(workdir), overwrite_config)
@@ -88,7 +90,7 @@ def _train(config, workdir, overwrite_config):
         + '\n  '.join(changes)
       )
     experiment = experiments.make_experiment(config)
-    # Process 0 changes the files when every process has looked at them.
+    # Process 0 changes the files after every process has read them.
     distributed.wait_for_all('workdir is checked')
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     with contextlib.closing(checkpoints):
@@ -105,7 +107,7 @@ def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
         stack.enter_context(lock.hold(workdir))
       except ValueError as error:
         refusal = error
-    # The others would wait for a process that has left.
+    # The others would wait for a process that has ended.
     if distributed.agree(refusal is not None):
       raise refusal or ValueError(f'process 0 refuses workdir {workdir}')
     yield
@@ -129,19 +131,19 @@ class _Run:
     restored = checkpoints.restore(fresh)
     self._state, info = restored or (fresh, _AT_START)
     self._step = info['step']
-    # Checkpoints of older versions do not hold it.
+    # Checkpoints from older versions lack this entry.
     self._evaluation = info.get('evaluation', _AT_START['evaluation'])
     if restored is not None:
       self._check_goes_on(info, changes)
-    # A run that ends here, because epochs is less now, is evaluated here.
+    # A run that ends here because epochs is smaller now is evaluated here.
     ends_here = self._step == experiment.total_steps
     self._evaluated = info['evaluated'] and not (
       ends_here and self._evaluation['step'] != self._step
     )
     self._clock = progress.Clock(info['wall_time_s'])
-    # Where and when the window before ended.
+    # The step and time at which the previous window ended.
     self._mark = (self._step, self._clock.seconds)
-    # A window that is full and not yet logged, with its last step.
+    # A full window that is not yet logged, with its last step.
     self._full: tuple[int, windows.Window] | None = None
     self._record = self._make_record(restored is not None, changes)
     # Raises if it cannot be read, before anything is written.
@@ -149,10 +151,10 @@ class _Run:
     radius.warn_if_too_small(self._config, self._state.train.params['shared'])
 
   def run(self) -> dict[str, float]:
-    """Takes the steps that are left."""
+    """Takes the remaining steps."""
     with contextlib.ExitStack() as stack:
       stop = stack.enter_context(stopping.StopRequest())
-      # What may fail at the start comes before the first change of a file.
+      # Everything that may fail at the start comes before any change to a file.
       step, seconds = self._experiment.compile_step(self._state)
       self._record['compile_time_s'] = seconds
       _logger.info('Compiled in %.1f s.', seconds)
@@ -194,7 +196,7 @@ class _Run:
     return self._evaluation['values']
 
   def _check_goes_on(self, info, changes):
-    """Raises if a checkpoint is of another run than the config's."""
+    """Raises if a checkpoint belongs to a different run than the config."""
     config, workdir, step = self._config, self._workdir, self._step
     other = [x for x in changes if x.startswith(_OF_ONE_RUN)]
     if other:
@@ -235,14 +237,14 @@ class _Run:
       )
 
   def _take_steps(self, step, stop):
-    """Trains to the end, or until asked to stop; tells which."""
+    """Trains to the end or to a stop request; returns whether it stopped."""
     config, total = self._config, self._experiment.total_steps
     epochs = config.eval_every_epochs * self._experiment.steps_per_epoch
     for batch in self._experiment.train_batches(self._step):
       with jax.transfer_guard('disallow'):
         self._state = step(self._state, batch)
       self._step += config.steps_per_call
-      # The window before this call: the device is at work meanwhile.
+      # The window before this call: the device works meanwhile.
       self._log()
       last = self._step == total
       full = last or self._step % config.log_every_steps == 0
@@ -262,7 +264,7 @@ class _Run:
   def _is_asked_to_stop(self, stop, full):
     if jax.process_count() == 1:
       return stop.signal_name is not None
-    # All processes must stop after the same step; to ask costs a transfer.
+    # All processes must stop after the same step, and asking costs a transfer.
     return full and distributed.agree(stop.signal_name is not None)
 
   def _log(self):
@@ -292,7 +294,7 @@ class _Run:
   def _save(self):
     self._log()
     with self._clock.paused(self._state):
-      # What is not finite must not become where a run goes on.
+      # A run must not continue from a state that is not finite.
       windows.check_finite(jax.device_get(self._state.window))
       if self._writer is not None:
         self._writer.sync()
@@ -361,7 +363,7 @@ class _Run:
       run_directory.write_record(self._workdir, self._record)
 
 
-# What a checkpoint would say of a run that has taken no step.
+# The checkpoint information for a run without any step.
 _AT_START: dict[str, Any] = {
   'step': 0,
   'wall_time_s': 0.0,
@@ -369,15 +371,15 @@ _AT_START: dict[str, Any] = {
   'evaluation': {'step': 0, 'values': {}},
 }
 
-# Beginnings of the lines of `config_changes`: what a run cannot change on its
-# way, since it would be reported as a whole under what came last, or would
-# count its epochs by batches of two sizes.
+# Beginnings of lines in `config_changes` for keys that a run cannot change
+# midway. Otherwise the whole run would be reported under the last values, or
+# its epochs would be counted with two batch sizes.
 _OF_ONE_RUN = (
   *('problem:', 'seed:', 'batch_size:', 'data.kind:', 'data.split:'),
   *('model.name:', 'model.sharing:'),
   *('method.name:', 'method.aggregator:', 'method.weighting:'),
 )
-# What may change with no step left to take.
+# Keys that may change when no step is left.
 _WITHOUT_TRAINING = (
   *('epochs:', 'data.data_dir:', 'data.source_dir:'),
   *('log_every_steps:', 'checkpoint_every_steps:', 'keep_checkpoints:'),
@@ -388,6 +390,6 @@ def _last_evaluation(lines):
   for line in reversed(lines):
     values = writers.evaluation(line)
     if values:
-      # The log has null where a number is not finite.
+      # The log has null for a non-finite number.
       return {k: math.nan if x is None else x for k, x in values.items()}
   return {}

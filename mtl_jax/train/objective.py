@@ -1,4 +1,4 @@
-"""The losses of a problem under a model, as joint updates ask for them."""
+"""The losses of a problem under a model, in the form for joint updates."""
 
 import jax
 
@@ -36,7 +36,7 @@ def objective(
 
   Returns:
     An objective whose functions take `(params, ..., batch, model_state, key)`.
-    Their aux averages the state of the model and adds up sums of metrics.
+    Their aux averages the model's state and adds up sums of metrics.
   """
 
   def own(key):

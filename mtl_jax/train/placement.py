@@ -1,8 +1,8 @@
-"""The training split on the devices: a step gets indices, not examples.
+"""The training split on the devices, so that a step gets only indices.
 
-Every device holds the whole split, so that whatever rows a step asks for are
-there. It takes them inside the compiled step, and no example crosses from the
-host while training.
+Every device holds the whole split, so it has all rows that a step may need. The
+compiled step takes them itself, and no example is copied from the host during
+training.
 """
 
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ def put(source: types.Source, mesh: jax.sharding.Mesh) -> types.Batch:
 
   Args:
     source: the examples; the same ones in every process.
-    mesh: of `mtl_jax.train.distributed.make_mesh`.
+    mesh: from `mtl_jax.train.distributed.make_mesh`.
 
   Returns:
     All examples as one batch, on every device of the mesh.
@@ -49,7 +49,7 @@ def put(source: types.Source, mesh: jax.sharding.Mesh) -> types.Batch:
   size = sum(x.nbytes for x in jax.tree.leaves(arrays))
   check_fits(size, mesh.local_devices)
   sharding = distributed.replicated(mesh)
-  # Each process gives its own devices what it has read: nothing is sent.
+  # Each process copies its data to its own devices, so nothing is sent.
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape),
     arrays,
@@ -59,12 +59,12 @@ def put(source: types.Source, mesh: jax.sharding.Mesh) -> types.Batch:
 def check_fits(size: int, devices: Iterable[Any]) -> None:
   """Raises a ValueError if data take more than half of the free memory.
 
-  The other half is left to the model, whose need is not known yet. Devices that
-  do not tell their memory, as CPUs, are not asked for more.
+  The other half is for the model, whose need is not yet known. The check skips
+  devices that do not report their memory, such as CPUs.
 
   Args:
     size: number of bytes.
-    devices: where they are to lie, on each all of them.
+    devices: the devices, each of which will hold all the data.
   """
   for device in devices:
     memory = device.memory_stats() or {}
@@ -80,8 +80,8 @@ def check_fits(size: int, devices: Iterable[Any]) -> None:
 
 
 def take(data: types.Batch, indices: jax.Array) -> types.Batch:
-  """The examples of `indices` [B] as a batch; for use inside `jit`."""
-  # The shuffle gives no index outside; a check would only cost.
+  """The examples at `indices` [B] as a batch; for use inside `jit`."""
+  # The shuffle gives no index out of range, so a check is not needed.
   return jax.tree.map(
     lambda x: x.at[indices].get(mode='promise_in_bounds'), data
   )

@@ -1,4 +1,4 @@
-"""How far a run is, shown as a bar or a line now and then, and its clock."""
+"""The progress of a run as a bar or as log lines, and its clock."""
 
 from collections.abc import Iterator
 import contextlib
@@ -12,7 +12,7 @@ from rich import progress
 
 _logger = logging.getLogger(__name__)
 
-# Seconds between two lines where there is no terminal.
+# Seconds between two lines without a terminal.
 _LINE_EVERY = 30.0
 
 
@@ -20,16 +20,16 @@ class Progress:
   """Shows steps taken, their rate and the time left; a context manager.
 
   Attributes:
-    note: what else is worth saying beside the rate, such as the loss.
+    note: text to show beside the rate, such as the loss.
   """
 
   def __init__(self, start_step: int, total_steps: int, *, show: bool = True):
-    """Begins where a run begins.
+    """Starts at a run's first step.
 
     Args:
-      start_step: number of steps taken before.
-      total_steps: number of steps of the whole run.
-      show: without it nothing is shown, as in all processes but one.
+      start_step: number of steps already taken.
+      total_steps: number of steps in the whole run.
+      show: whether anything is shown; true in one process only.
     """
     self._start, self._total = start_step, total_steps
     self._began = self._shown = time.monotonic()
@@ -58,7 +58,7 @@ class Progress:
       self._bar.stop()
 
   def update(self, step: int) -> None:
-    """Shows that `step` has been taken."""
+    """Shows that `step` steps have been taken."""
     now = time.monotonic()
     rate = (step - self._start) / max(now - self._began, 1e-9)
     if self._bar is not None:
@@ -72,7 +72,7 @@ class Progress:
       )
 
   def say(self, text: str) -> None:
-    """Shows a line of text, above the bar where there is one."""
+    """Shows a line of text, above the bar if there is one."""
     if self._bar is not None:
       self._bar.console.print(text, highlight=False)
     elif self._show:
@@ -80,10 +80,10 @@ class Progress:
 
 
 class Clock:
-  """Seconds of training, without what it stands still for."""
+  """Seconds of training, without pauses."""
 
   def __init__(self, seconds: float = 0.0):
-    """Stands at `seconds` until it is started."""
+    """Shows `seconds` until it is started."""
     self._seconds = seconds
     self._since: float | None = None
 
@@ -99,7 +99,7 @@ class Clock:
 
   @contextlib.contextmanager
   def paused(self, state: Any) -> Iterator[None]:
-    """Stands still from when `state` is computed until the body ends."""
+    """Pauses from the computation of `state` to the end of the body."""
     jax.block_until_ready(state)
     self._seconds, self._since = self.seconds, None
     yield

@@ -1,4 +1,4 @@
-"""Whether a perturbation is large enough for what computes with it."""
+"""The check that a perturbation is large enough for the compute precision."""
 
 import logging
 from typing import Any
@@ -11,19 +11,19 @@ from mtl_jax.train import distributed
 
 _logger = logging.getLogger(__name__)
 
-# Bits of the mantissa, to which a model's passes round the parameters.
+# Mantissa bits to which a model's passes round the parameters.
 _BFLOAT16, _TENSORFLOAT32, _FLOAT32 = 7, 10, 23
 
-# Of the length of rounding that a radius must have.
+# The smallest radius, as a fraction of the length of the rounding error.
 _SHARE = 1 / 3
 
 
 def rounding(shared: Any, bits: int, adaptive: bool) -> float:
-  r"""How far rounding moves the parameters, in the measure of a radius.
+  r"""The length of the parameters' rounding error, measured like a radius.
 
   Args:
     shared: the shared parameters w.
-    bits: bits of the mantissa that rounding leaves, such as 7 for bfloat16.
+    bits: mantissa bits after rounding, such as 7 for bfloat16.
     adaptive: whether the radius is ASAM's, measured against the parameters.
 
   Returns:
@@ -43,14 +43,15 @@ def rounding(shared: Any, bits: int, adaptive: bool) -> float:
 def mantissa_bits(
   config: ml_collections.ConfigDict, platform: str | None = None
 ) -> int:
-  """Bits of the mantissa with which a config's passes see the parameters.
+  """Mantissa bits of the parameters in the passes of a config.
 
   Args:
     config: reads `compute_dtype` and `precision`.
-    platform: of JAX; that of this process by default.
+    platform: JAX's platform; by default the one in this process.
 
   Returns:
-    Their number. CPUs compute with all that float32 has, whatever `precision`.
+    The number of bits. CPUs compute with all bits of float32 at any
+    `precision`.
   """
   platform = platform or jax.default_backend()
   if config.compute_dtype == 'bfloat16':
@@ -67,19 +68,18 @@ def mantissa_bits(
 def warn_if_too_small(config: ml_collections.ConfigDict, shared: Any) -> None:
   """Logs a warning if the passes do not resolve the config's perturbation.
 
-  The passes round the parameters, and what a perturbation makes of them. Of one
-  much shorter than what rounding alone moves them by, the flat gradients show
-  rounding more than anything else. Where "much" begins is measured, by
-  benchmarks/flat_precision.py: with new parameters the cosine of flat gradients
-  to those of float32 falls below 0.9 at about a third of that length. Training
-  moves that point down.
+  Both passes round the parameters, the second one after the perturbation. If
+  the perturbation is much shorter than the rounding error, the flat gradients
+  are mostly noise. benchmarks/flat_precision.py measures the limit: with new
+  parameters the cosine between flat gradients and those in float32 falls below
+  0.9 at about a third of that length. Training moves that point down.
 
   Args:
     config: of `configs/`; its radius is one number for the whole run.
     shared: the shared parameters at the start.
   """
   flat = config.method.flat
-  # A radius of zero is meant.
+  # A radius of zero is intended.
   if flat is None or not flat.rho or not jax.tree.leaves(shared):
     return
   bits = mantissa_bits(config)

@@ -1,7 +1,8 @@
-"""Whether all processes are there, asked before JAX is started.
+"""A roll call of all processes before JAX is started.
 
-JAX ends a process whose companions do not come by an abort that names none of
-them. Here they meet first, on the port that JAX will use, and are told.
+JAX aborts a process whose companions do not come, and names none of them. Here
+the processes meet first, on the port that JAX will use, and get a message with
+the missing ones.
 """
 
 import json
@@ -9,7 +10,7 @@ import select
 import socket
 import time
 
-# How long to read one line of a process, or to see it hang up.
+# Seconds to wait for one line from a process, or for its end of connection.
 _ANSWER_S = 5.0
 
 
@@ -21,13 +22,13 @@ def roll_call(
   Args:
     address: `host:port` of process 0; the port is free again afterwards.
     num_processes: number of processes.
-    process_id: which of them this is.
+    process_id: the number of this process.
     timeout_s: seconds to wait for the others.
 
   Raises:
-    TimeoutError: if a process did not come; names it.
-    ValueError: if processes differ in `num_processes`, or two have one
-      `process_id`, in all of them; and for an address without a port.
+    TimeoutError: if a process did not come; the message names it.
+    ValueError: in all processes, if they differ in `num_processes` or two have
+      the same `process_id`; and for an address without a port.
   """
   host, _, port = address.rpartition(':')
   if not host or not port.isdigit():
@@ -43,7 +44,7 @@ def roll_call(
 
 
 def _call(address, port, num_processes, timeout_s, deadline):
-  """Process 0: waits for the others and tells them how it went."""
+  """Process 0: waits for the others and sends them the result."""
   there: dict[int, socket.socket] = {}
   error: Exception | None = None
   dual = socket.has_dualstack_ipv6()
@@ -69,7 +70,7 @@ def _call(address, port, num_processes, timeout_s, deadline):
         )
         break
       ready, _, _ = select.select([server, *there.values()], [], [], left)
-      # Only who gives up says anything while waiting.
+      # While waiting, a process sends data only if it gives up.
       for i in [i for i, other in there.items() if other in ready]:
         there.pop(i).close()
       if server in ready:
@@ -81,13 +82,13 @@ def _call(address, port, num_processes, timeout_s, deadline):
 
 
 def _admit(other, there, num_processes):
-  """Notes who has come; returns what is wrong with it, if anything."""
+  """Registers a process; returns its error, if there is one."""
   other.settimeout(_ANSWER_S)
   try:
     said = json.loads(other.makefile().readline())
     i, number = int(said['process_id']), int(said['num_processes'])
   except (OSError, ValueError, TypeError, KeyError):
-    other.close()  # Not one of ours, such as a scan for open ports.
+    other.close()  # A foreign connection, such as a scan for open ports.
     return None
   taken = i in there or not 0 < i < num_processes
   there[-1 if taken else i] = other
@@ -104,14 +105,14 @@ def _tell(other, error):
   with other:
     try:
       other.sendall((json.dumps([kind, str(error)]) + '\n').encode())
-      # The side that hangs up first keeps the port for a while.
+      # The side that closes first keeps the port for a while.
       other.recv(1)
     except OSError:
-      return  # It has gone; JAX will notice if it is missed.
+      return  # It has ended; JAX will notice if it is needed.
 
 
 def _answer(place, num_processes, process_id, timeout_s, deadline):
-  """Any other process: reports, and waits for what process 0 says."""
+  """Any other process: reports, and waits for the answer from process 0."""
   name = f'process 0 at {place[0]}:{place[1]}'
   said = None
   while not said:
@@ -122,7 +123,7 @@ def _answer(place, num_processes, process_id, timeout_s, deadline):
       with socket.create_connection(place, timeout=left) as zero:
         line = {'process_id': process_id, 'num_processes': num_processes}
         zero.sendall((json.dumps(line) + '\n').encode())
-        # So that it can say that others are missing, if it is as patient.
+        # Process 0 can then name the missing ones, if its timeout is the same.
         zero.settimeout(left + _ANSWER_S)
         said = json.loads(zero.makefile().readline())
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""`run.json` and `config.json`: what a run directory says about its run.
+"""The files `run.json` and `config.json` of a run directory.
 
-`run.json` is written whole or not at all and holds the config of what was
-trained. `config.json` is a copy of that config for readers.
+`run.json` is written whole or not at all and holds the config of the training.
+`config.json` is a copy of that config for readers.
 """
 
 from collections.abc import Mapping
@@ -20,20 +20,19 @@ from mtl_jax import types
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
-# Any file may be called so; ours have these entries.
+# Any file may have these names; a run's files have these entries.
 _RECORD_ENTRIES = ('problem', 'method', 'seed', 'started', 'finished')
 _CONFIG_ENTRIES = ('problem', 'method', 'model', 'optimizer')
 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
-  """The config that a run directory is of, as plain values.
+  """The config of a run directory, as plain values.
 
   Args:
     workdir: the run directory; it need not exist.
 
   Returns:
-    The config in `run.json`, else that of `config.json`; None if there is
-    neither.
+    The config in `run.json`, else in `config.json`; None if there is neither.
 
   Raises:
     ValueError: if one of the files cannot be read or is not a run's.
@@ -47,7 +46,7 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
 def config_changes(
   workdir: str | os.PathLike[str], config: Mapping[str, Any]
 ) -> list[str]:
-  """How a config differs from the one that a run directory is of.
+  """The differences between a config and the one in a run directory.
 
   Args:
     workdir: the run directory; it need not exist.
@@ -63,7 +62,7 @@ def config_changes(
   found = read_config(workdir)
   if found is None:
     return []
-  # By way of JSON, in which tuples are lists.
+  # Through JSON, in which tuples are lists.
   old, new = _flat(found), _flat(json.loads(json.dumps(config)))
   return [
     f'{key}: {_show(old, key)} there, {_show(new, key)} now'
@@ -73,7 +72,7 @@ def config_changes(
 
 
 def read_record(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
-  """What `run.json` says; None if there is none.
+  """The record in `run.json`; None if there is none.
 
   Args:
     workdir: the run directory; it need not exist.
@@ -90,7 +89,7 @@ def read_record(workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
 def write_record(
   workdir: str | os.PathLike[str], record: Mapping[str, Any]
 ) -> None:
-  """Writes `run.json`, and then `config.json` if that is another's.
+  """Writes `run.json`, and then `config.json` if that differs.
 
   Args:
     workdir: the run directory.
@@ -115,8 +114,8 @@ def make_record(
   Args:
     problem: the problem.
     config: the config as plain values.
-    num_parameters: number of parameters of all tasks together.
-    steps: number of steps of the whole run.
+    num_parameters: number of parameters for all tasks together.
+    steps: number of steps in the whole run.
 
   Returns:
     Plain values; `'finished'` is None, times are UTC.
@@ -149,7 +148,7 @@ def make_record(
     'steps': steps,
     'wall_time_s': 0.0,
     'compile_time_s': 0.0,
-    # Where the run went on with another config, and what differed.
+    # The steps at which the run continued with another config, and the changes.
     'config_changes': [],
     'config': config,
   }
@@ -161,7 +160,7 @@ def now() -> str:
 
 
 def _commit() -> str | None:
-  """The commit of this code, `-dirty` if files differ from it."""
+  """The commit of this code, with `-dirty` if files differ from it."""
 
   def git(*arguments):
     return subprocess.run(
@@ -174,7 +173,7 @@ def _commit() -> str | None:
     ).stdout.strip()
 
   try:
-    # Installed among other packages, it may lie in someone else's repository.
+    # An installed package may be inside an unrelated repository.
     if not git('ls-files', pathlib.Path(__file__).name):
       return None
     dirty = git('status', '--porcelain', '--untracked-files=no')
@@ -207,7 +206,7 @@ def _dump(value, **options):
 
 
 def _replace(path, text):
-  # As a whole or not at all: other processes read it.
+  # Written whole or not at all, because other processes read it.
   temporary = path.with_name(path.name + '.new')
   temporary.write_text(text)
   temporary.replace(path)

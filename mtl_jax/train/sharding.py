@@ -1,11 +1,11 @@
-"""Where everything of a step lives on a mesh, told to the compiler.
+"""The layout of a step's arrays on a mesh.
 
-A step is written for one device. `Layout` says which array is cut along which
-of its axes, and the compiler puts in the communication. It has to be told in
-two places. Parameters are gathered where a loss function uses them, so that
-activations stay where their rows are, and their gradients come back in shards.
-Stacks of task gradients are cut by tasks while they are computed and by entries
-while they are aggregated.
+A step is written for one device. `Layout` specifies along which axes each array
+is cut, and the compiler inserts the communication. Two places need an explicit
+layout. Parameters are gathered where a loss function uses them, so that
+activations stay with their rows, and their gradients come back in shards.
+Stacks of task gradients are cut by tasks during their computation and by
+entries during the aggregation.
 """
 
 from collections.abc import Sequence
@@ -26,22 +26,23 @@ from mtl_jax.transforms.contract import labels
 
 PARAMETERS = ('replicated', 'sharded')
 
-# A collective takes some microseconds whatever it carries, in which a fast link
-# carries some ten thousand bytes. Of the 66 leaves of ResNet-18 with two heads
-# 45 have fewer entries than this, together 0.1 % of all.
+# Any collective takes some microseconds, in which a fast link carries some ten
+# thousand bytes. ResNet-18 with two heads has 66 leaves; 45 of them have fewer
+# entries than this, together 0.1 % of all.
 MIN_SIZE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How parameters, optimizer states and stacks are laid out on a mesh.
+  """The layout of parameters, optimizer states and stacks on a mesh.
 
-  Tasks that devices share out are for models of dense layers: a convolution
+  Dividing tasks among devices is for models with dense layers: a convolution
   that is batched over tasks has groups, whose inputs XLA gathers
   (results/benchmarks/communication.json, LeNet).
 
-  A leaf is cut along its longest axis that the number of parts divides; one
-  that has none, or fewer than `min_size` entries, stays whole on every device.
+  A leaf is cut along its longest axis that the number of parts divides. A leaf
+  without such an axis, or with fewer than `min_size` entries, stays whole on
+  every device.
 
   Attributes:
     mesh: of `distributed.make_mesh`.
@@ -80,14 +81,14 @@ class Layout:
     """The engine of `mtl_jax.task_grad` for this layout.
 
     Args:
-      engine: the one that was asked for.
+      engine: the requested engine.
 
     Returns:
-      The same; `'vmap'` for `'auto'` where devices share out the tasks.
+      The same engine; `'vmap'` for `'auto'` if tasks are divided among devices.
 
     Raises:
-      ValueError: if devices share out the tasks and the engine takes them in
-        turn.
+      ValueError: if tasks are divided among devices and the engine takes them
+        in turn.
     """
     if self.task_devices == 1:
       return engine
@@ -103,12 +104,12 @@ class Layout:
     return self._of_tree(params, self._parameter_axes)
 
   def of_state(self, state: Any) -> Any:
-    """The shardings of a state of training.
+    """The shardings of a training state.
 
-    What updates the parameters lies where stacks are aggregated, so that only
-    parameters have to travel afterwards. In it a leaf [T, *shape], where a
-    parameter has that shape, is a stack; any other one is cut as a parameter of
-    its shape is.
+    The state of the update is laid out like aggregated stacks, so that only
+    parameters are moved afterwards. In it a leaf [T, *shape] is a stack if a
+    parameter has that shape; any other leaf is cut like a parameter with its
+    shape.
 
     Args:
       state: a `TrainState`, or its shapes.
@@ -128,9 +129,9 @@ class Layout:
     )
 
   def gather(self, params: types.Params) -> types.Params:
-    """Parameters as a loss function needs them: all of them, everywhere.
+    """Parameters as a loss function needs them, whole on every device.
 
-    Derivatives with respect to them are laid out as the parameters are.
+    Derivatives with respect to them are laid out like the parameters.
     """
     if not self._parameter_axes:
       return params
@@ -147,7 +148,7 @@ class Layout:
       losses: of `mtl_jax.task_losses`.
 
     Returns:
-      A `TaskLosses`. It has no dense form where parameters are sharded.
+      A `TaskLosses`. It has no dense form if parameters are sharded.
 
     Raises:
       ValueError: see `engine`.
@@ -176,16 +177,17 @@ class Layout:
       fns: of `mtl_jax.task_grad`.
 
     Returns:
-      The pair; its stacks are cut as an aggregator wants them: all rows of a
-      part of the entries, so that each device has a part of every inner product
-      of two rows, and only [T, T] numbers are summed over devices.
+      The pair. Its stacks are cut as an aggregator needs them: each device
+      holds all rows for a part of the entries. It then has a part of every
+      inner product between two rows, and only [T, T] numbers are summed over
+      devices.
     """
     if not self._aggregation_axes:
       return fns
 
-    # Whatever an aggregator is given or makes is laid out here, because where
-    # the compiler may choose it goes on to cut [T, T] matrices, and then there
-    # is communication in every iteration of a solver.
+    # All inputs and results of an aggregator are laid out here. Given a choice,
+    # the compiler would also cut [T, T] matrices, which needs communication in
+    # every iteration of a solver.
     def at(params, *args):
       (losses, aux), task_grads = fns.at(params, *args)
       losses = jax.lax.with_sharding_constraint(losses, self._named())
@@ -208,13 +210,13 @@ class Layout:
     return self._parameter_axes + tasks
 
   def _by_tasks(self, stacks):
-    """Each row where its task is computed."""
+    """The stacks with each row on the devices of its task."""
     if self.task_devices == 1:
       return stacks
     return self._constrain(stacks, distributed.TASK_AXIS, self._parameter_axes)
 
   def _by_entries(self, stacks):
-    """All rows of a part of the entries."""
+    """The stacks with all rows for a part of the entries on each device."""
     return self._constrain(stacks, None, self._aggregation_axes)
 
   def _constrain(self, tree, rows, axes):
@@ -237,7 +239,7 @@ class Layout:
     return jax.tree.map(sharding, tree)
 
   def _cut(self, shape: Sequence[int], axes: tuple[str, ...]) -> list[Any]:
-    """The mesh axes that each axis of a leaf lies along."""
+    """The mesh axes for each axis of a leaf."""
     cut: list[Any] = [None] * len(shape)
     parts = math.prod(self.mesh.shape[axis] for axis in axes)
     able = [i for i, n in enumerate(shape) if n % parts == 0]
@@ -251,7 +253,7 @@ class Layout:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(x, whole, shards):
-  """X laid out as `whole`, its cotangent as `shards`."""
+  """The array laid out as `whole`, with its cotangent laid out as `shards`."""
   return jax.lax.with_sharding_constraint(x, whole)
 
 
@@ -261,9 +263,9 @@ def _gathered_forward(x, whole, shards):
 
 
 def _gathered_backward(whole, shards, _, cotangent):
-  # From the shards alone the compiler may go back to cutting activations along
-  # another axis than their rows. A sum over devices of which each keeps a shard
-  # is one reduce-scatter, where the backend has one.
+  # With only the shards the compiler may again cut activations along another
+  # axis than their rows. A sum over devices of which each keeps a shard is one
+  # reduce-scatter, if the backend has one.
   cotangent = jax.lax.with_sharding_constraint(cotangent, whole)
   return (jax.lax.with_sharding_constraint(cotangent, shards),)
 
@@ -272,11 +274,11 @@ _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def per_device(step: Any, mesh: jax.sharding.Mesh) -> Any:
-  """A step that every device runs by itself, on its rows of the batch.
+  """A step that every device runs separately, on its own rows of the batch.
 
   Args:
-    step: `(state, batch) -> (state, metrics)` of `make_train_step`, of losses
-      with `axis_name='data'`.
+    step: `(state, batch) -> (state, metrics)` from `make_train_step`, with
+      losses that have `axis_name='data'`.
     mesh: of `distributed.make_mesh`.
 
   Returns:
@@ -289,7 +291,7 @@ def per_device(step: Any, mesh: jax.sharding.Mesh) -> Any:
     mesh=mesh,
     in_specs=(spec(), spec(distributed.DATA_AXIS)),
     out_specs=spec(),
-    # With the check on, the gradient of a replicated parameter is summed over
-    # devices before anyone can perturb by it.
+    # With the check on, the gradient of a replicated parameter would be summed
+    # over devices before the perturbation.
     check_vma=False,
   )

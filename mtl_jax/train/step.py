@@ -21,7 +21,7 @@ class TrainState(NamedTuple):
   Attributes:
     step: number of updates so far, int32.
     params: parameters.
-    model_state: what the model carries besides, such as running statistics.
+    model_state: further state of the model, such as running statistics.
     joint: the joint update's state.
     opt_state: the optimizer's state.
   """
@@ -42,14 +42,14 @@ def init_state(
   seed: int,
   batch: types.Batch,
 ) -> TrainState:
-  """The state training starts from; a function of the seed.
+  """The initial state of training, a function of the seed.
 
   Args:
     problem: the problem.
     model: the model.
     joint: the joint update.
     tx: the optimizer.
-    seed: decides the initial parameters.
+    seed: determines the initial parameters.
     batch: any batch; only its shapes matter.
 
   Returns:
@@ -83,9 +83,9 @@ def make_train_step(
     losses: its losses, whose functions take the model's state and a key after
       the batch, and whose aux averages the model's state and adds up sums of
       metrics; see `objective`.
-    joint: makes one gradient of them.
-    tx: what is done with that gradient.
-    seed: decides what dropout draws, together with the step.
+    joint: makes one gradient from them.
+    tx: the optimizer for that gradient.
+    seed: determines the dropout masks, together with the step.
 
   Returns:
     A pure function `(state, batch) -> (state, metrics)`, to be jitted with the
@@ -95,9 +95,9 @@ def make_train_step(
     and through which rows form a micro-batch. `metrics` are scalars: `'loss'`,
     the mean over the tasks that have labels in this batch; per task
     `'<task>/loss'` and its metrics at the unperturbed parameters,
-    `'<task>/present'`, 1 if it has labels in this batch and 0 if not, or if the
-    optimizer skipped the step (its other numbers mean nothing then); and what
-    `mtl_jax.diagnostics` shows.
+    `'<task>/present'`, which is 0 if the task has no labels in this batch or if
+    the optimizer skipped the step, and otherwise 1 (at 0 the task's other
+    numbers have no meaning); and the results of `mtl_jax.diagnostics`.
   """
 
   def step(state: TrainState, batch: types.Batch):
@@ -110,7 +110,7 @@ def make_train_step(
     changes, opt_state = tx.update(found.grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, changes)
 
-    # A step that the optimizer skips was as if without any task.
+    # A step that the optimizer skips counts as one without any task.
     skipped = transforms.left_out(opt_state)
     active = here.active & ~skipped
     joint_state, model_state = jax.tree.map(

@@ -1,4 +1,4 @@
-"""What a step reports: losses, metrics and diagnostics, by name."""
+"""The report of a step: losses, metrics and diagnostics, by name."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mtl_jax import transforms
 from mtl_jax.metrics import averages
 
-# Diagnostics of a task gradient aggregation, by the name they are logged under.
+# Diagnostics of an aggregation, with the names under which they are logged.
 _SCALARS = {
   'conflict': 'conflict',
   'mean_cosine': 'mean_cosine',
@@ -59,14 +59,14 @@ def finish(problem, sums):
 
 
 def of_step(problem, param_labels, found, active, states):
-  """What a step reports, {name: scalar}; see `make_train_step`.
+  """The report of a step, {name: scalar}; see `make_train_step`.
 
   Args:
     problem: the problem.
     param_labels: see `mtl_jax.shared_only`.
-    found: of the joint update.
+    found: the result of the joint update.
     active: bool [T], the tasks whose labels changed the parameters.
-    states: of the joint update and the optimizer, after the step.
+    states: states of the joint update and the optimizer after the step.
   """
   names = problem.task_names
   present = active.astype(found.losses.dtype)
@@ -81,11 +81,11 @@ def of_step(problem, param_labels, found, active, states):
 
 
 def _shown(states, names, param_labels, params):
-  """Diagnostics as scalars: those of the loss gradients without a prefix.
+  """Diagnostics as scalars, without a prefix for the loss gradients.
 
-  Where there are several aggregators, as of groups of parameters, their place
-  follows the name. Where nothing is shared tasks cannot conflict, and only
-  skipped steps are reported.
+  With several aggregators, as for groups of parameters, their place follows the
+  name. If nothing is shared, tasks cannot conflict and only skipped steps are
+  reported.
   """
   labels = param_labels(params) if callable(param_labels) else param_labels
   together = 'shared' in jax.tree.leaves(labels)
@@ -97,7 +97,7 @@ def _shown(states, names, param_labels, params):
     flat = 'flat' in parts
     place = ''.join(f'/{p}' for p in parts if p not in ('loss', 'flat'))
     if kind == 'skipped':
-      # Of this step, so that a mean of steps is the share of them.
+      # Per step, so that the mean over steps is the share of skipped ones.
       metrics[kind] = left_out.astype(jnp.float32)
     elif not together:
       continue

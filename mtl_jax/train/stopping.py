@@ -1,4 +1,4 @@
-"""Stopping in good order when asked to by a signal."""
+"""An orderly stop after a signal."""
 
 import signal
 import threading
@@ -10,14 +10,14 @@ class Interrupted(Exception):  # noqa: N818  Not an error: all is saved.
 
 
 class StopRequest:
-  """Notes Ctrl-C and SIGTERM instead of dying of them, as a context manager.
+  """Context manager that records Ctrl-C and SIGTERM instead of ending.
 
-  The first signal sets `signal_name`; the second does what it does without
-  this, which is to end the program at once. Outside the main thread, where
-  Python does not deliver signals, nothing is noted.
+  The first signal sets `signal_name`; the second ends the program at once, as
+  it would without this. Outside the main thread, where Python does not deliver
+  signals, nothing is recorded.
 
   Attributes:
-    signal_name: `'SIGINT'` or `'SIGTERM'` once that has come, else None.
+    signal_name: `'SIGINT'` or `'SIGTERM'` after that signal, else None.
   """
 
   _SIGNALS = (signal.SIGINT, signal.SIGTERM)

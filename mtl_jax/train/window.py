@@ -1,7 +1,7 @@
 """Averages of training metrics, kept on the device until they are logged.
 
 Adding a step costs no transfer. The sums are part of a checkpoint, so that a
-resumed run logs the averages that the run without a break would have logged.
+resumed run logs the same averages as an uninterrupted run.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,8 @@ class Window(NamedTuple):
   """The metrics of the steps since the last line of the log.
 
   Attributes:
-    sums: sum of each metric; of a task's, over the steps that had its labels.
+    sums: sum of each metric; for a task's metric, over the steps with its
+      labels.
     count: number of steps, int32.
     first_bad: for each task the first step after which its loss was not finite,
       0 if there is none; steps count from 1.
@@ -35,7 +36,7 @@ class Window(NamedTuple):
 
 
 def empty(metrics: Sequence[str], task_names: Sequence[str]) -> Window:
-  """A window of no steps, in NumPy arrays."""
+  """A window without steps, in NumPy arrays."""
   return Window(
     sums={name: np.zeros((), np.float32) for name in metrics},
     count=np.zeros((), np.int32),
@@ -51,7 +52,7 @@ def add(
   Args:
     window: the window.
     metrics: scalars. For every task `'<task>/loss'`, and `'<task>/present'`, 0
-      if this step had no label of it: then its numbers are not counted.
+      if this step had no labels for it: then its numbers are not counted.
     step: number of the step, counted from 1.
 
   Returns:
@@ -62,7 +63,7 @@ def add(
     task = _task(name, window.first_bad)
     if task is None:
       return metrics[name]
-    # A choice and not a product: an absent task's number may be anything.
+    # A select instead of a product: an absent task's number may be anything.
     return jnp.where(metrics[f'{task}/present'] > 0, metrics[name], 0)
 
   def is_bad(task):
@@ -79,11 +80,11 @@ def add(
 
 
 def means(window: Window) -> dict[str, float]:
-  """The mean of each metric over the steps of a window that is on the host.
+  """The mean of each metric over the steps in a window on the host.
 
-  A task's metrics are averaged over the steps that had labels of it; they are
-  NaN if none had. `'<task>/present'`, the share of those steps, is there when
-  it is below 1.
+  A task's metrics are averaged over the steps with labels for it, and are NaN
+  without such steps. `'<task>/present'`, the share of those steps, is included
+  if it is below 1.
 
   Args:
     window: the window.
@@ -104,13 +105,13 @@ def means(window: Window) -> dict[str, float]:
 
 
 def _task(name, task_names):
-  """The task that a metric is of, None if it is of all."""
+  """The task of a metric; None for a metric of all tasks."""
   task = name.partition('/')[0]
   return task if task in task_names else None
 
 
 def check_finite(window: Window) -> None:
-  """Raises a `NonFiniteLossError` naming task and step, if there is cause."""
+  """Raises a `NonFiniteLossError` with task and step for a non-finite loss."""
   bad = {task: int(x) for task, x in window.first_bad.items() if x > 0}
   if bad:
     step = min(bad.values())
@@ -122,7 +123,7 @@ def check_finite(window: Window) -> None:
 
 
 def check_evaluation(values: Mapping[str, float], step: int) -> None:
-  """The same for `{'split/task/loss': value}` of an evaluation."""
+  """The same for `{'split/task/loss': value}` from an evaluation."""
   for name, value in values.items():
     if name.endswith('/loss') and not np.isfinite(value):
       raise NonFiniteLossError(f'{name} is not finite after step {step}')

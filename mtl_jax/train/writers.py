@@ -1,4 +1,4 @@
-"""What a run tells while it runs: `metrics.jsonl` and TensorBoard events."""
+"""Writers of a run's metrics: `metrics.jsonl` and TensorBoard events."""
 
 from collections.abc import Mapping
 import json
@@ -21,15 +21,16 @@ def read_lines(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
   Returns:
     The lines in their order; a last line that a crash left half written is
-    left out. Empty if there is no file.
+    skipped. Empty if there is no file.
 
   Raises:
-    ValueError: names the line that is no JSON object with a step.
+    ValueError: if a line is not a JSON object with a step; the message names
+      it.
   """
   path = pathlib.Path(workdir) / _FILE
   if not path.exists():
     return []
-  # What comes after the last line end was cut off while it was written.
+  # Text after the last line end was cut off during its writing.
   complete = path.read_bytes().split(b'\n')[:-1]
   lines = []
   for number, row in enumerate(complete, 1):
@@ -45,19 +46,19 @@ def read_lines(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
-  """The metrics of a line that are an evaluation's; of training lines none."""
+  """The evaluation metrics in a line; empty for a training line."""
   return {
     name: value for name, value in line.items() if name.startswith(_EVALUATION)
   }
 
 
 class MetricsWriter:
-  """Writes metrics of a run; only one process should have one.
+  """Writes the metrics of a run; only one process should have a writer.
 
   A line of `metrics.jsonl` is a JSON object with `step`, `epoch`, `wall_time`
   and the metrics. Numbers are written so that reading gives the same float64
-  back; one that is not finite is written as null, which JSON knows, and goes to
-  TensorBoard as it is.
+  back. A non-finite number is written as null, because JSON has no other form
+  for it, and unchanged to TensorBoard.
   """
 
   def __init__(
@@ -67,14 +68,16 @@ class MetricsWriter:
     start_step: int = 0,
     evaluated: bool = True,
   ):
-    """Opens the files of a run, cut back to where it goes on.
+    """Opens the files of a run, cut back to the step at which it continues.
 
     Args:
-      workdir: the run directory; made if it is not there.
-      start_step: the step of the checkpoint that the run starts from; lines of
-        later steps, and a half-written last line, are cut off. 0 starts anew.
-      evaluated: whether the checkpoint is of after the evaluation of its step,
-        if there is one. If not, a line of it is cut off: it comes again.
+      workdir: the run directory; created if it does not exist.
+      start_step: the step of the checkpoint from which the run starts. Lines
+        for later steps, and a half-written last line, are cut off. 0 starts a
+        new log.
+      evaluated: whether the checkpoint was saved after the evaluation of its
+        step, if there is one. If not, a line for this evaluation is cut off,
+        because it will be repeated.
     """
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,7 @@ class MetricsWriter:
     self._file = self._path.open('a', buffering=1, encoding='utf-8')
     self._events = tensorboardX.SummaryWriter(
       str(workdir),
-      # TensorBoard hides what an interrupted run wrote beyond this step.
+      # TensorBoard hides the events of an interrupted run beyond this step.
       purge_step=start_step + 1 if start_step else None,
       flush_secs=10,
     )
@@ -117,7 +120,7 @@ class MetricsWriter:
       self._events.add_scalar(name, value, step)
 
   def sync(self) -> None:
-    """Returns when what was written would survive a power cut."""
+    """Returns when all lines would survive a power cut."""
     self._file.flush()
     os.fsync(self._file.fileno())
     self._events.flush()
@@ -138,7 +141,7 @@ def _dump(line):
 
 
 def _replace(path, text):
-  """Writes a file as a whole or not at all."""
+  """Writes a file whole or not at all."""
   temporary = path.with_name(path.name + '.new')
   with temporary.open('w', encoding='utf-8') as file:
     file.write(text)
