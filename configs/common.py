@@ -1,4 +1,4 @@
-"""What all configs share: the text after the colon, and common fields."""
+"""The common fields of all configs, and the parser for their arguments."""
 
 from collections.abc import Collection
 import difflib
@@ -9,20 +9,20 @@ from ml_collections import config_dict
 
 
 def parse_arguments(text: str, **defaults: Any) -> ml_collections.ConfigDict:
-  """Reads `'method=f_cagrad,runlocal,seed=1'`, what follows `config.py:`.
+  """Reads the arguments after `config.py:`, as in `'method=f_cagrad,seed=1'`.
 
   Args:
-    text: arguments parted by commas. One without a value, such as `runlocal`,
-      is true.
-    **defaults: the arguments there are; a value has the type of its default,
-      which is a bool, an int, a float or a string.
+    text: arguments separated by commas. One without a value, such as
+      `runlocal`, is true.
+    **defaults: the known arguments; a value has the type of its default, which
+      is a bool, an int, a float or a string.
 
   Returns:
     All arguments, as attributes.
 
   Raises:
-    ValueError: if an argument is unknown (it tells the nearest), comes twice,
-      or has a value of the wrong type.
+    ValueError: if an argument is unknown (the message lists the nearest), comes
+      twice, or has a value of the wrong type.
   """
   values = dict(defaults)
   seen = set()
@@ -53,7 +53,7 @@ def _parse(name, value, default):
 
 
 def check_known(name: str, known: Collection[str], what: str) -> None:
-  """Raises a ValueError that tells the nearest names if `name` is unknown."""
+  """Raises a ValueError with the nearest names if `name` is unknown."""
   if name not in known:
     near = difflib.get_close_matches(name, known, cutoff=0.5)
     hint = f'did you mean {" or ".join(map(repr, near))}? ' if near else ''
@@ -70,7 +70,7 @@ def make_config(
   model_kwargs: dict[str, Any],
   seed: int,
 ) -> ml_collections.ConfigDict:
-  """A config with every field there is; a problem's file changes values."""
+  """A config with every field; a problem's file changes values."""
   method = dict(method)
   sharing = method.pop('sharing')
   for key in ('aggregator', 'weighting', 'head_scale'):
@@ -83,16 +83,16 @@ def make_config(
     {
       'problem': problem,
       'data': {
-        # 'real', or 'synthetic' for a small built-in stand-in of the same form.
+        # 'real', or 'synthetic' for small generated data of the same form.
         'kind': 'real',
-        # Where the prepared dataset lies, and the raw files it is made from;
-        # None is the default of tensorflow-datasets and MTL_JAX_SOURCE_DIR.
+        # The folders of the prepared dataset and of its raw files; None is the
+        # default of tensorflow-datasets and MTL_JAX_SOURCE_DIR.
         'data_dir': optional(str, None),
         'source_dir': optional(str, None),
-        # 'holdout' keeps a validation split out, 'paper' trains on everything.
+        # 'holdout' keeps a validation split, 'paper' trains on everything.
         'split': 'holdout',
-        # Where the training split lies: 'host', or 'device' for one that fits
-        # there, on each; steps then get indices only.
+        # The place of the training split: 'host', or 'device' if it fits on
+        # each device; steps then get only indices.
         'placement': 'host',
       },
       'model': {'name': model, 'sharing': sharing, 'kwargs': model_kwargs},
@@ -103,48 +103,50 @@ def make_config(
         'schedule': 'constant',
         # Largest global norm of the aggregated gradient; None does not clip.
         'clip': optional(float, None),
-        # Decoupled: no part of the loss, so no part of the perturbation.
+        # Decoupled: not part of the loss, and so not of the perturbation.
         'weight_decay': 0.0,
-        # How many steps in a row may be left out because their update is not
-        # finite; None leaves none out.
+        # How many steps in a row may be skipped because their update is not
+        # finite; None skips none.
         'skip_nonfinite': optional(int, None),
       },
       'batch_size': 256,
       'epochs': 1,
       'seed': seed,
-      # How the method is evaluated (mtl_jax/updates): 'stack' of all task
-      # gradients; for methods that look at inner products alone 'gram', pairs
-      # of tasks at a time, or 'ghost', without the task gradients of dense
-      # layers; 'features', another method: tasks are combined at the features.
+      # How the method is evaluated (mtl_jax/updates): 'stack' holds all task
+      # gradients. For methods that use only inner products 'gram' takes a pair
+      # of tasks at a time, and 'ghost' forms no task gradients of dense layers.
+      # 'features' is a different method, which combines tasks at the features.
       'joint_update': 'stack',
       # How the T gradients are computed: 'unroll', 'vmap', 'scan', or 'auto',
       # which chooses by platform.
       'engine': 'auto',
-      # 'per_device': each device perturbs by the task gradients of its own rows
-      # of the batch (m-sharpness), and gradients are exchanged once a step. How
-      # many rows those are, and so the numbers, depends on how many devices
-      # there are; so it is with batch_norm below.
+      # 'per_device': each device perturbs by the task gradients on its own rows
+      # of the batch (m-sharpness), and gradients are exchanged once a step. The
+      # number of these rows, and hence the result, depends on the number of
+      # devices. The same holds for batch_norm below.
       'perturbation': 'global',
       'parallel': {
         # 'replicated': every device holds all parameters. 'sharded': they, the
         # optimizer's state and the task gradients are cut over the devices.
         'parameters': 'replicated',
-        # Devices that share out the tasks of one part of the batch; a divisor
-        # of the number of tasks. More than 1 evaluates with engine 'vmap', and
-        # is for models of dense layers: XLA gathers batched convolutions.
+        # Number of devices among which the tasks are divided, for one part of
+        # the batch; a divisor of the number of tasks. More than 1 evaluates
+        # with engine 'vmap' and is for models with dense layers: XLA gathers
+        # batched convolutions.
         'task_devices': 1,
-        # Whose statistics BatchNorm uses in training: those of the whole batch,
-        # exchanged at every layer in every pass, or with 'per_device' those of
-        # the rows of each device.
+        # BatchNorm's statistics in training: over the global batch, exchanged
+        # at every layer in every pass, or with 'per_device' over each device's
+        # rows.
         'batch_norm': 'global',
       },
       'micro_batches': 1,
       # Updates in one compiled call; must divide the intervals below.
       'steps_per_call': 1,
-      # Of the model's passes, 'float32' or 'bfloat16'; parameters, norms, Gram
-      # matrices, solvers, losses and the optimizer are float32 in either.
+      # The dtype of the model's passes, 'float32' or 'bfloat16'. Parameters,
+      # norms, Gram matrices, solvers, losses and the optimizer are always
+      # float32.
       'compute_dtype': 'float32',
-      # Of matrix products and convolutions, in both passes.
+      # The precision of matrix products and convolutions, in both passes.
       'precision': 'highest',
       'eval_every_epochs': 1,
       'log_every_steps': 50,
@@ -157,7 +159,7 @@ def make_config(
 def run_local(
   config: ml_collections.ConfigDict, **model_kwargs: Any
 ) -> ml_collections.ConfigDict:
-  """Shrinks a config to what a laptop runs in seconds, on synthetic data."""
+  """Shrinks a config so that a laptop runs it in seconds, on synthetic data."""
   config.data.kind = 'synthetic'
   config.model.kwargs.update(model_kwargs)
   config.batch_size = 16
@@ -169,7 +171,7 @@ def run_local(
 
 
 def optional(kind: type, value: Any) -> config_dict.FieldReference:
-  """A field of a config that can be None and overridden on the command line.
+  """A config field that can be None and overridden on the command line.
 
   Args:
     kind: type of its values; `object` takes any literal, a number or a tuple.

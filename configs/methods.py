@@ -1,17 +1,17 @@
-"""The methods, one entry each: what `method=NAME` stands for.
+"""The methods behind `method=NAME`, with one entry each.
 
 An entry names a factory in `mtl_jax.transforms`: an `aggregator` of task
 gradients, or a `weighting` of losses, which costs one backward pass (a bilevel
-one a few more). `kwargs` are its arguments, where they are not the factory's
-defaults or worth seeing; a config holds all that are numbers, strings, bools or
-tuples. `plain` are further ones of the method without `f_`,
-to which `head_scale` (see `mtl_jax.shared_only`) and `clip_shared`, the largest
-norm of the update's shared part, belong too. `sharing` says whether the tasks
-share a trunk (`'shared'`, the default) or have one each (`'separate'`).
+one a few more). `kwargs` are those arguments that differ from the factory's
+defaults or are worth showing; a config holds all that are numbers, strings,
+bools or tuples. `plain` are further arguments for the method without `f_`; they
+include `head_scale` (see `mtl_jax.shared_only`) and `clip_shared`, the largest
+norm of the update's shared part. `sharing` specifies whether the tasks share a
+trunk (`'shared'`, the default) or have one each (`'separate'`).
 
-Every name but those of bilevel weightings also exists with `f_` in front: the
+Every name, except for bilevel weightings, also exists with `f_` in front: the
 same method inside `mtl_jax.transforms.flat_minima`, with the radius and options
-that the problem's config gives. A weighting then costs a backward pass a task.
+from the problem's config. A weighting then costs one backward pass a task.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from mtl_jax.models import arguments
 
 AGGREGATORS: Mapping[str, Mapping[str, Any]] = {
   # Single-task learning: independent networks, trained side by side. Their
-  # heads are not scaled by 1 / T: each sees the gradient of its own loss.
+  # heads are not scaled by 1 / T: each gets the gradient of its own loss.
   'stl': {
     'aggregator': 'linear',
     'head_scale': 'none',
@@ -43,14 +43,14 @@ AGGREGATORS: Mapping[str, Mapping[str, Any]] = {
   'imtl_g': {'aggregator': 'imtl_g'},
   # The authors' run: the raw Gram matrix, heads scaled by the weights because
   # losses are weighed, and the update of the shared part clipped at length 1.
-  # Its length is sqrt(T), so that the clip always acts.
+  # Its length is sqrt(T), so the clip always acts.
   'nash_mtl': {
     'aggregator': 'nash_mtl',
     'plain': {'scale': 'paper'},
     'head_scale': 'weights',
     'clip_shared': 1.0,
   },
-  # LibMTL's run. The authors' own code leaves heads as they are, multiplies the
+  # LibMTL's run. The authors' own code does not scale heads, multiplies the
   # shared part by T and clips it at length 1.
   'fairgrad': {
     'aggregator': 'fairgrad',
@@ -70,7 +70,7 @@ AGGREGATORS: Mapping[str, Mapping[str, Any]] = {
   'gradnorm': {'aggregator': 'gradnorm'},
   'excess_mtl': {'aggregator': 'excess_mtl'},
   'conicgrad': {'aggregator': 'conicgrad'},
-  # Two tasks outvote nobody: values for as few, with which both are the mean.
+  # Two tasks outvote nobody: with these values both methods are the mean.
   'krum': {
     'aggregator': 'krum',
     'kwargs': {'num_byzantine': 0, 'num_selected': 2},
@@ -81,7 +81,7 @@ AGGREGATORS: Mapping[str, Mapping[str, Any]] = {
 
 WEIGHTINGS: Mapping[str, Mapping[str, Any]] = {
   'equal': {'weighting': 'equal_weights'},
-  # For two tasks; any other split is a value of the command line away.
+  # For two tasks; set other splits on the command line.
   'static': {
     'weighting': 'static_weights',
     'kwargs': {'weights': (0.6, 0.4)},
@@ -128,7 +128,7 @@ _FLAT = {
   'head_scale': 'none',
   'eps': 1e-12,
 }
-# What the trainer gives, and what says how a program is cut over devices.
+# Arguments from the trainer, and arguments for the layout over devices.
 _NOT_OF_A_CONFIG = ('seed', 'num_tasks', 'axis_name', 'shard_axis', 'reduce')
 
 
@@ -137,18 +137,18 @@ def entry(name: str, **flat: Any) -> dict[str, Any]:
 
   Args:
     name: one of `NAMES`.
-    **flat: what the problem sets of `rho`, `rho_heads`, `adaptive`, `norm`,
-      `combine` and `head_scale`; used by the methods with `f_` only.
+    **flat: the problem's values for `rho`, `rho_heads`, `adaptive`, `norm`,
+      `combine` and `head_scale`; only methods with `f_` use them.
 
   Returns:
     `{'name', 'stands_for', 'aggregator', 'weighting', 'kwargs', 'head_scale',
     'clip_shared', 'flat', 'sharing'}`. One of `aggregator` and `weighting` is
     None. `flat` is None for a method without `f_`; `head_scale` None means the
-    method's own default, and `clip_shared` None no clip. `stands_for` is what
-    the name says of the method, which a run must be of.
+    method's own default, and `clip_shared` None no clip. `stands_for` holds the
+    values that the name implies; a run must have them.
 
   Raises:
-    ValueError: if there is no such method; it tells the nearest.
+    ValueError: if there is no such method; the message lists the nearest.
   """
   common.check_known(name, NAMES, 'method')
   flat_minima = name.startswith('f_')
@@ -156,7 +156,7 @@ def entry(name: str, **flat: Any) -> dict[str, Any]:
   values = METHODS[base]
   factory = values.get('aggregator') or values['weighting']
   kwargs = values.get('kwargs', {})
-  # What holds without `f_` alone.
+  # Values only for methods without `f_`.
   plain = {} if flat_minima else values
   return {
     'name': name,

@@ -21,7 +21,7 @@ from configs import methods
 
 
 def get_config(argument: str = '') -> ml_collections.ConfigDict:
-  """The config; `argument` is what follows the colon on the command line."""
+  """The config; `argument` is the text after the colon on the command line."""
   args = common.parse_arguments(
     argument, method='f_cagrad', seed=0, runlocal=False
   )

@@ -54,7 +54,7 @@ _TINY = {
 
 
 def get_config(argument: str = '') -> ml_collections.ConfigDict:
-  """The config; `argument` is what follows the colon on the command line."""
+  """The config; `argument` is the text after the colon on the command line."""
   args = common.parse_arguments(
     argument,
     dataset='multi_mnist',

@@ -1,15 +1,16 @@
-r"""Trains methods x seeds of one config, each run in a process of its own.
+r"""Trains methods x seeds of one config, with each run in its own process.
 
     python launch/sweep.py --config=configs/multi_digits.py \
       --methods=stl,linear,cagrad,f_cagrad --seeds=0,1,2 \
       --root=runs/quickstart [--jobs=N] [-- --config.epochs=10 ...]
 
-A run lies in ROOT/<problem>/<method>/seed_<n>, what it says in its log.txt.
-Finished runs are skipped and stopped ones go on, so the same command can be
-given again. What comes after `--` goes to every run.
+A run is in ROOT/<problem>/<method>/seed_<n>, and its output is in log.txt
+there. Finished runs are skipped and stopped runs continue, so the same command
+can be repeated. Arguments after `--` go to every run.
 
-Ends with 0 when all runs are finished, with 75 when Ctrl-C or SIGTERM stopped
-them (all is saved; a second Ctrl-C kills them), and with 1 when a run failed.
+The exit status is 0 when all runs are finished, 75 when Ctrl-C or SIGTERM
+stopped them (everything is saved; a second Ctrl-C kills them), and 1 when a run
+failed.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def _leave(number, frame):
 
 
 if __name__ == '__main__':
-  # Before what takes seconds to import.
+  # Before slow imports.
   signal.signal(signal.SIGINT, _leave)
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -44,7 +45,7 @@ if __name__ == '__main__':
 from mtl_jax import main as mtl_main  # noqa: E402
 from mtl_jax.train import run_directory  # noqa: E402
 
-# How a run ends that a signal stopped: all is saved, or nothing was to save.
+# Exit statuses of stopped runs: everything is saved, or nothing was to save.
 _STOPPED = (
   mtl_main.EXIT_INTERRUPTED,
   *(sign for x in (signal.SIGINT, signal.SIGTERM) for sign in (-x, 128 + x)),
@@ -64,12 +65,12 @@ class Job:
 
   @property
   def log(self) -> pathlib.Path:
-    """Where the run's output goes."""
+    """The file for the run's output."""
     return self.workdir / 'log.txt'
 
   @property
   def finished(self) -> bool:
-    """Whether this very run is finished."""
+    """Whether this run is finished, with this config."""
     record = run_directory.read_record(self.workdir)
     return bool(
       record
@@ -98,8 +99,8 @@ class Job:
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         env=environment,
-        # Ctrl-C in a terminal goes to all processes of its group; a run is
-        # to get one signal, the one that is sent below.
+        # Ctrl-C in a terminal goes to all processes in its group; a run should
+        # get only the signal that is sent below.
         start_new_session=True,
       )
 
@@ -118,7 +119,7 @@ def make_jobs(
     methods: names of methods.
     seeds: the seeds.
     root: folder of the sweep.
-    overrides: further arguments of every run.
+    overrides: further arguments for every run.
 
   Returns:
     A job for each method and seed.
@@ -149,7 +150,7 @@ class Sweep:
   """Runs jobs, some at a time."""
 
   def __init__(self, jobs: Sequence[Job], parallel: int):
-    """Takes the jobs and how many of them run at the same time."""
+    """Takes the jobs and the number of them that run at the same time."""
     self._waiting = list(jobs)
     self._parallel = parallel
     self._running: list[Job] = []
@@ -158,7 +159,7 @@ class Sweep:
     self._stopping = False
 
   def run(self) -> int:
-    """Runs all jobs and tells how; returns the exit status."""
+    """Runs all jobs and reports on them; returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, self._stop)
     try:
@@ -224,15 +225,15 @@ class Sweep:
 
 
 def default_jobs() -> int:
-  """How many runs at the same time: one a core, but one an accelerator.
+  """The number of runs at the same time: one a core, or one on an accelerator.
 
-  Small models keep one core busy, whatever the number of threads; on an
-  accelerator two runs would fight over its memory.
+  Small models keep one core busy for any number of threads; on an accelerator
+  two runs would compete for its memory.
 
   Returns:
     A positive number.
   """
-  # In a process that ends, because asking takes hold of the device.
+  # In a separate process, because the question itself takes the device.
   backend = subprocess.run(
     [sys.executable, '-c', 'import jax; print(jax.default_backend())'],
     capture_output=True,
@@ -243,7 +244,7 @@ def default_jobs() -> int:
 
 
 def _python_path():
-  # Runs find the package from any folder, also where it is not installed.
+  # Runs find the package from any folder, even if it is not installed.
   return os.pathsep.join(
     filter(None, (str(_ROOT), os.environ.get('PYTHONPATH')))
   )

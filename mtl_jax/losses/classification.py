@@ -8,9 +8,9 @@ import optax
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
   """Cross-entropy of a softmax with integer labels.
 
-  A label outside of 0 ... C - 1 has the loss NaN, so that it is seen, and no
-  gradient. Where it stands for a missing label, `masked_mean` and `masked_loss`
-  leave it out.
+  A label outside 0 ... C - 1 has the loss NaN, which makes the fault visible,
+  and no gradient. If it marks a missing label, `masked_mean` and `masked_loss`
+  skip it.
 
   Args:
     logits: unnormalized log-probabilities [B, ..., C].

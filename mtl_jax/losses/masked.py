@@ -1,4 +1,4 @@
-"""Means over the labels that are there."""
+"""Means over present labels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-  """Mean of the values whose mask is not zero, and 0 where there is none.
+  """Mean of the values whose mask is not zero, and 0 without any.
 
-  What a value without a mask is, NaN included, reaches neither the mean nor the
-  gradient with respect to `values`. It can still reach gradients further back,
-  since zero times NaN is NaN; `masked_loss` is safe there too.
+  A masked-out value, even NaN, reaches neither the mean nor the gradient with
+  respect to `values`. It can still reach gradients further back, because zero
+  times NaN is NaN; `masked_loss` is safe there too.
 
   Args:
     values: [B, ...], such as the loss of each example or pixel.
@@ -23,7 +23,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     mean is over all devices when `values` is a global array inside `jit`.
 
   Raises:
-    ValueError: if the mask's shape is not how the shape of `values` begins.
+    ValueError: if the mask's shape is not a prefix of the shape of `values`.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -43,14 +43,14 @@ def masked_loss(
   label: jax.Array,
   mask: jax.Array,
 ) -> jax.Array:
-  """Mean of a task's loss over the labels that are there.
+  """Mean of a task's loss over its present labels.
 
-  Predictions and labels without a mask are replaced by zeros before the loss
-  sees them. One selection after the loss would not do: the derivative of the
-  loss at a NaN is NaN, and zero times NaN is NaN.
+  Masked-out predictions and labels are replaced by zeros before the loss. A
+  selection after the loss would not suffice: the derivative of the loss at a
+  NaN is NaN, and zero times NaN is NaN.
 
   Args:
-    loss: `(prediction, label) -> [B, ...]`, as `Task.loss`.
+    loss: `(prediction, label) -> [B, ...]`, like `Task.loss`.
     prediction: [B, ...].
     label: [B, ...].
     mask: 1 or 0; [B], or more of the leading axes that all three share.
@@ -59,7 +59,7 @@ def masked_loss(
     A scalar: the loss summed over present labels divided by max(count, 1).
 
   Raises:
-    ValueError: if the mask's shape is not how the other shapes begin.
+    ValueError: if the mask's shape is not a prefix of the other shapes.
   """
   prediction = jnp.where(
     _present(mask, prediction, 'prediction'), prediction, 0

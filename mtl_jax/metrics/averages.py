@@ -1,4 +1,4 @@
-"""Metrics that are the mean of a value over all labels of a split."""
+"""Metrics that are the mean of a value over all labels in a split."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ def average(
   *,
   higher_is_better: bool,
 ) -> types.Metric:
-  """The mean of `values` over the labels that are there.
+  """The mean of `values` over the present labels.
 
   Args:
     name: name of the metric.
@@ -23,8 +23,8 @@ def average(
     higher_is_better: whether a larger value is a better one.
 
   Returns:
-    A metric that sums `{'total', 'count'}` in float32; NaN where no label was
-    there. A mask is [B], or has more of the leading axes of the values.
+    A metric that sums `{'total', 'count'}` in float32; NaN without any label. A
+    mask is [B], or has more of the values' leading axes.
   """
 
   def accumulate(prediction, label, mask):

@@ -10,10 +10,11 @@ def accuracy() -> types.Metric:
   """Share of labels that have the largest score, from 0 to 1.
 
   Predictions are scores [B, ..., C], labels integers [B, ...], and the mask is
-  [B] or has more of the labels' axes. Of equal scores the first class is taken.
+  [B] or has more of the labels' axes. Among equal scores the first class is
+  taken.
 
   Returns:
-    The metric `'accuracy'`; NaN where no label was there.
+    The metric `'accuracy'`; NaN without any label.
 
   Examples:
     >>> import jax.numpy as jnp

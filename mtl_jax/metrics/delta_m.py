@@ -9,10 +9,10 @@ def relative_gain(
   baselines: Mapping[str, float],
   higher_is_better: Mapping[str, bool],
 ) -> dict[str, float]:
-  """By how many per cent each score is better than its baseline.
+  """The relative gain of each score over its baseline, in per cent.
 
-  100 (M - M_stl) / |M_stl| where a higher score is better, and minus that where
-  a lower one is: positive is better, also where scores are negative.
+  It is 100 (M - M_stl) / |M_stl| if a higher score is better, and minus that if
+  a lower one is. Positive is better, also for negative scores.
 
   Args:
     scores: `{'task/metric': value}`.
@@ -23,8 +23,8 @@ def relative_gain(
     `{'task/metric': per cent}`, in the order of `scores`.
 
   Raises:
-    ValueError: if a baseline or a direction is missing, or a baseline is zero
-      or not finite, over which there is no relative gain.
+    ValueError: if a baseline or a direction is missing, or if a baseline is
+      zero or not finite, for which there is no relative gain.
 
   Examples:
     >>> from mtl_jax import metrics
@@ -64,14 +64,14 @@ def delta_m(
     \Delta m = \frac{100}{K} \sum_k (-1)^{h_k}
       \frac{M_k - M_{k,stl}}{|M_{k,stl}|}
 
-  with :math:`h_k = 1` where a higher :math:`M_k` is better and 0 elsewhere. So
-  a negative value means better than single-task learning. Maninis et al., who
-  proposed the number, give it the other sign; this one is what papers on
-  gradient aggregation print. It is minus the mean of `relative_gain`.
+  with :math:`h_k = 1` if a higher :math:`M_k` is better and 0 otherwise. A
+  negative value thus means better than single-task learning. Maninis et al.,
+  who proposed the number, give it the other sign; papers on gradient
+  aggregation use this one. It is minus the mean of `relative_gain`.
 
   Args:
-    scores: `{'task/metric': value}`, K at least 1. All of them weigh the same:
-      a task with more metrics counts more.
+    scores: `{'task/metric': value}`, K at least 1. All have equal weight, so a
+      task with more metrics counts more.
     baselines: single-task values of at least these metrics.
     higher_is_better: direction of at least these metrics.
 

@@ -1,4 +1,4 @@
-"""Multi-Digits: two overlapped digits of 8x8 pixels, in the package itself."""
+"""Multi-Digits: two overlapped digits of 8x8 pixels, without a download."""
 
 from typing import Any
 
@@ -8,10 +8,11 @@ from mtl_jax.problems import pairs
 
 
 def multi_digits() -> types.Problem:
-  """Two tasks: which digit is at the top left, which at the bottom right.
+  """Two tasks: the digit at the top left and the digit at the bottom right.
 
-  Real scans that come with scikit-learn, overlapped as Multi-MNIST overlaps
-  MNIST; see `mtl_jax.data.multi_digits`. There are no published baselines.
+  The images are real scans from scikit-learn, overlapped in the way that
+  Multi-MNIST overlaps MNIST; see `mtl_jax.data.multi_digits`. There are no
+  published baselines.
 
   Returns:
     A `types.Problem`; its `load` raises a ValueError for another

@@ -10,7 +10,7 @@ from mtl_jax.problems import pairs
 
 NAMES = data.NAMES
 
-# Single-task accuracy of ResNet-18 on either task.
+# Single-task accuracy of ResNet-18 on each task.
 _BASELINES = {
   'multi_mnist': (0.9533, 0.9416),
   'multi_fashion': (0.8710, 0.8620),
@@ -19,7 +19,7 @@ _BASELINES = {
 
 
 def multi_mnist(name: str = 'multi_mnist') -> types.Problem:
-  """Two tasks: what is at the top left, what is at the bottom right.
+  """Two tasks: the item at the top left and the item at the bottom right.
 
   Args:
     name: one of `NAMES`.
@@ -29,7 +29,7 @@ def multi_mnist(name: str = 'multi_mnist') -> types.Problem:
     `split_scheme` of `mtl_jax.data.multi_mnist.load_multi_mnist`.
 
   Raises:
-    ValueError: if `name` is none of `NAMES`.
+    ValueError: if `name` is not in `NAMES`.
 
   References:
     Phan et al., `Improving Multi-task Learning via Seeking Task-based Flat

@@ -1,4 +1,4 @@
-"""What problems of two overlapped images have in common."""
+"""The common parts of problems with two overlapped images."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from mtl_jax.data import synthetic
 from mtl_jax.losses import classification as losses
 from mtl_jax.metrics import classification as metrics
 
-# Examples of the built-in stand-in for each split, and the seed of each: one
-# dataset, whose splits have no example in common.
+# Number of synthetic examples in each split, and its seed: one dataset, whose
+# splits have no example in common.
 _SYNTHETIC = {'train': (1024, 0), 'validation': (256, 1), 'test': (256, 2)}
 
 
@@ -29,24 +29,24 @@ def pair_problem(
   baselines: Mapping[str, float] | None = None,
   baselines_source: str = '',
 ) -> types.Problem:
-  """One image, one class label a task.
+  """A problem with one image and one class label a task.
 
   Args:
     name: name of the problem.
     image_shape: (height, width, channels).
     task_names: the tasks.
-    num_classes: classes of each task.
+    num_classes: number of classes of each task.
     max_pixel: brightest value of a stored image; images go to the model divided
       by it.
-    load_real: `(split, **options) -> Source` of the real data.
+    load_real: `(split, **options) -> Source`, the real data.
     prepare: see `types.Problem`.
     baselines: single-task scores, `{'task/accuracy': share}`.
-    baselines_source: where they come from.
+    baselines_source: their source.
 
   Returns:
-    A `types.Problem` whose `load` is called as
-    `load(split, *, kind='real', **options)`. `kind='synthetic'` gives a small
-    built-in stand-in of the same form and leaves the options unused.
+    A `types.Problem` whose `load` is called as `load(split, *, kind='real',
+    **options)`. `kind='synthetic'` gives small generated data of the same form
+    and ignores the options.
   """
   tasks = tuple(
     types.Task(task, num_classes, losses.cross_entropy, (metrics.accuracy(),))
@@ -67,7 +67,7 @@ def pair_problem(
       image_shape, task_names, num_classes, size, seed
     )
     examples = dict(source.__getitems__(range(size)))
-    # The brightest byte stands for the brightest pixel of the real images.
+    # The brightest byte represents the brightest pixel in the real images.
     examples['image'] = examples['image'] // (256 // (max_pixel + 1))
     return pipeline.ArraySource(examples)
 

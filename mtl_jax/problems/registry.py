@@ -19,7 +19,7 @@ _PROBLEMS: Mapping[str, Callable[[], types.Problem]] = {
 
 
 def by_name(name: str) -> types.Problem:
-  """The problem of a name.
+  """The problem with a name.
 
   Args:
     name: `'multi_digits'`, `'multi_mnist'`, `'multi_fashion'` or
@@ -29,7 +29,7 @@ def by_name(name: str) -> types.Problem:
     A `types.Problem`.
 
   Raises:
-    ValueError: if there is none; it tells the nearest names.
+    ValueError: if there is none; the message lists the nearest names.
   """
   if name not in _PROBLEMS:
     near = difflib.get_close_matches(name, _PROBLEMS)

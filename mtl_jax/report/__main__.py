@@ -1,4 +1,4 @@
-"""`python -m mtl_jax.report DIR...`: table and figures of many runs."""
+"""The command `python -m mtl_jax.report DIR...`, for tables and figures."""
 
 import argparse
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments: the command line without the program, by default the process's.
 
   Returns:
-    The exit status: 0, or 2 where the input is bad, which is then explained on
-    standard error.
+    The exit status: 0, or 2 for bad input, with an explanation on standard
+    error.
   """
   if arguments is None:
     arguments = sys.argv[1:]

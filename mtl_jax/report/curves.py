@@ -1,4 +1,4 @@
-"""Figures over the course of training: test metrics and gradient conflict."""
+"""Figures of test metrics and gradient conflict over the course of training."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -23,20 +23,20 @@ _CONFLICT = {
 
 
 def learning_curves(summary: Summary) -> Figure:
-  """Test metric over epochs: a panel for the average and one for each task.
+  """Test metric over epochs, in a panel for the average and one for each task.
 
-  The second half of training sets the limits of the y-axis: what one compares
-  happens after the steep rise.
+  The second half of training sets the limits of the y-axis, because the lines
+  are compared after the steep rise.
 
   Args:
-    summary: the rows; a method's line is the mean over its seeds at the steps
-      all of them were evaluated at, its band the standard error.
+    summary: the rows; a method's line is the mean over its seeds, at the steps
+      with an evaluation of all seeds. Its band is the standard error.
 
   Returns:
     The figure, with the panels of `panels.task_panels`.
 
   Raises:
-    ValueError: where the summary has no row.
+    ValueError: if the summary has no row.
   """
   shown = panels.task_panels(summary)
   styles = looks(summary)
@@ -72,8 +72,8 @@ def gradient_conflict(summary: Summary) -> Figure | None:
     summary: the rows; one without `train/conflict` in its logs has no line.
 
   Returns:
-    The figure: a panel for the loss gradients and, where flat methods logged
-    it, one for the flat gradients. None where no run logged any.
+    The figure, with a panel for the loss gradients and, if flat methods logged
+    it, one for the flat gradients. None if no run logged any.
   """
   curves = {
     key: {row.label: curve(row, [key], smooth=True) for row in summary.rows}
@@ -113,16 +113,16 @@ def gradient_conflict(summary: Summary) -> Figure | None:
 def curve(
   row: Row, keys: Sequence[str], smooth: bool = False
 ) -> tuple[np.ndarray, list[Estimate]]:
-  """What a method logged over time.
+  """A logged value of a method over time.
 
   Args:
     row: the method.
-    keys: the mean of these entries of the log is taken.
-    smooth: whether each seed is smoothed before they are put together.
+    keys: entries of the log, whose mean is taken.
+    smooth: whether each seed is smoothed before the average.
 
   Returns:
     The epochs [N] of the steps at which all seeds have all entries, and the
-    estimate over seeds at each of them.
+    estimate over seeds at each.
   """
   seeds = []
   epochs: dict[int, float] = {}
@@ -150,7 +150,7 @@ def _draw(
   points: Sequence[Estimate],
   scale: float,
 ) -> np.ndarray:
-  """Draws mean and standard error; returns the mean as drawn."""
+  """Draws mean and standard error; returns the drawn mean."""
   means = np.array([scale * point.mean for point in points])
   ax.plot(
     epochs,
@@ -158,7 +158,7 @@ def _draw(
     look.line,
     color=look.colour,
     lw=1.5 if look.named else 0.8,
-    # A line of one or two points could not be seen.
+    # A line with one or two points would not be visible.
     marker='o' if len(epochs) < 3 else None,
     ms=4.5,
     mfc=look.colour if look.filled else '#FFFFFF',
@@ -179,7 +179,7 @@ def _draw(
 
 
 def _limit(ax: Axes, late: np.ndarray, higher_is_better: bool) -> None:
-  """Shows `late` and some more on the side training comes from."""
+  """Shows `late` and some more on the side from which training comes."""
   late = late[np.isfinite(late)]
   if late.size and late.min() < late.max():
     spread = late.max() - late.min()

@@ -1,4 +1,4 @@
-"""The figure of final scores: every seed a dot."""
+"""The figure of final scores, with a dot for every seed."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ _CONTROL = {'color': '#000000', 'lw': 0.7, 'ls': ':'}
 def final_scores(
   summary: Summary, published: Sequence[Published] = ()
 ) -> Figure:
-  """Every seed's score as a dot, with mean and standard error of each method.
+  """Every seed's score as a dot, with each method's mean and standard error.
 
   Args:
-    summary: the rows, one a line, in the table's order.
+    summary: the rows, one to a line, in the table's order.
     published: published means to mark.
 
   Returns:
     The figure, with the panels of `panels.task_panels`.
 
   Raises:
-    ValueError: where the summary has no row.
+    ValueError: if the summary has no row.
   """
   shown = panels.task_panels(summary)
   styles = looks(summary)
@@ -89,7 +89,7 @@ def _dots(
 ) -> None:
   mean = scale * score.mean
   if score.standard_error is not None:
-    # Below the mean, where neither hides the other.
+    # Below the mean, so that neither hides the other.
     ax.plot(
       [scale * value for value in score.values],
       [position + 0.27] * len(score.values),

@@ -1,4 +1,4 @@
-"""Mean and spread of a few values, one a seed."""
+"""Mean and spread of a few values, with one for each seed."""
 
 from collections.abc import Sequence
 import math
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Estimate(NamedTuple):
-  """Values over seeds and what is known from them.
+  """Values over seeds and the statistics from them.
 
   Attributes:
     values: one a seed, in the order of the seeds.
@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-  """Mean and spread of `values`, of which there must be one at least.
+  """Mean and spread of at least one value.
 
   Args:
     values: one a seed. A value that is not finite makes all of them NaN.
@@ -32,7 +32,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     The estimate.
 
   Raises:
-    ValueError: where there is no value.
+    ValueError: if there is no value.
   """
   values = tuple(float(value) for value in values)
   if not values:

@@ -1,4 +1,4 @@
-"""How a method looks: the same colour and line in every figure."""
+"""The look of a method, with the same colour and line in every figure."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from mtl_jax.report.variants import family
 from mtl_jax.report.variants import is_flat
 
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow that
-# vanishes on white, then two of Paul Tol's "muted" scheme (2021).
+# vanishes on white, then two from Paul Tol's "muted" scheme (2021).
 PALETTE = (
   '#0072B2',
   '#D55E00',
@@ -24,19 +24,19 @@ PALETTE = (
 )
 _CONTROL_COLOURS = {'stl': '#000000', 'linear': '#7A7A7A'}
 
-# The colour of what is drawn but not told apart.
+# The colour of methods that are drawn without a name.
 OTHERS = '#C4C4C4'
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-  """How to draw a method.
+  """The style in which a method is drawn.
 
   Attributes:
-    colour: one for a plain method and its flat version.
-    line: solid; dashed for the plain methods of a summary with flat ones.
-    filled: whether markers are filled; the plain ones then are not.
-    named: whether it has a colour of its own; with very many methods only the
+    colour: the same for a plain method and its flat version.
+    line: solid; dashed for plain methods in a summary with flat ones.
+    filled: whether markers are filled; those of plain methods then are not.
+    named: whether it has its own colour; with very many methods only the
       controls and the best do.
   """
 
@@ -47,14 +47,14 @@ class Look:
 
 
 def looks(summary: Summary) -> dict[str, Look]:
-  """The look of every row of a summary, by its label.
+  """The look of every row in a summary, by label.
 
   Args:
     summary: the rows to be drawn.
 
   Returns:
     `{label: look}`. Controls are black and grey. The other methods take the
-    palette in the order of the rows; where it is too short, the best ones.
+    palette in the order of the rows; if it is too short, only the best ones do.
   """
   rows = summary.rows
   any_flat = any(is_flat(row.label) for row in rows)
@@ -91,7 +91,7 @@ def _family_colours(summary: Summary) -> Mapping[str, str]:
 
 
 def _quality(row: Row, summary: Summary) -> float:
-  """Larger is better: the relative gain, or the average where there is none."""
+  """The relative gain, or else the average; larger is better."""
   value = 0.0
   if row.delta_m is not None:
     value = -row.delta_m.mean

@@ -1,4 +1,4 @@
-"""What the figures share: their style, their panels and their legend."""
+"""The common style, panels and legend of the figures."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -44,36 +44,36 @@ _STYLE = {
 }
 _DOTS_PER_INCH = 200
 
-# Panels of tasks in a figure, and how many of them are the worst ones where
-# not all fit.
+# Panels of tasks in a figure, and how many of them show the worst tasks if not
+# all fit.
 _MOST_TASKS, _WORST_TASKS = 6, 3
 
 
 def style() -> contextlib.AbstractContextManager[None]:
-  """The style of all figures, whatever the user's own settings are."""
+  """The style of all figures, regardless of the user's own settings."""
   return matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE})
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-  """Writes a figure as PNG, 200 dots an inch."""
+  """Writes a figure as PNG with 200 dots per inch."""
   with style():
     figure.savefig(path, format='png', dpi=_DOTS_PER_INCH)
 
 
 def task_panels(summary: Summary) -> list[tuple[str, list[str]]]:
-  """What the panels of a figure of scores show.
+  """The panels in a figure of scores.
 
   Args:
     summary: the problem.
 
   Returns:
     `(title, metrics)`; a panel shows the mean of its metrics. The average comes
-    first where there is one. Of more than six tasks there are the three worst
-    and the three best by their mean over methods, or the first six where tasks
-    have different metrics.
+    first if there is one. With more than six tasks the panels show the three
+    worst and the three best by their mean over methods, or the first six if
+    tasks have different metrics.
 
   Raises:
-    ValueError: where the summary has no row.
+    ValueError: if the summary has no row.
   """
   if not summary.rows:
     raise ValueError(f'{summary.problem} has no finished run to draw')
@@ -96,7 +96,7 @@ def task_panels(summary: Summary) -> list[tuple[str, list[str]]]:
 
 
 def _mean_quality(summary: Summary, key: str) -> float:
-  """Mean score of a task over methods, larger for one solved better."""
+  """Mean score of a task over methods, larger for a better one."""
   means = [row.scores[key].mean for row in summary.rows]
   finite = [mean for mean in means if math.isfinite(mean)]
   sign = 1 if summary.higher_is_better[key] else -1
@@ -104,14 +104,14 @@ def _mean_quality(summary: Summary, key: str) -> float:
 
 
 def metric_title(key: str) -> str:
-  """The metric of `'task/metric'` with its unit."""
+  """The metric in `'task/metric'` with its unit."""
   return titled(key.rpartition('/')[2], key)
 
 
 def grid(
   count: int, width: float, height: float, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
-  """A figure of `count` panels, at most four a row, of a size in inches."""
+  """A figure with `count` panels, at most four in a row; size in inches."""
   lines = math.ceil(count / 4)
   columns = math.ceil(count / lines)
   size = max(width * columns + 0.4, 4.2), height * lines + 0.6
@@ -133,14 +133,14 @@ def round_ticks(axis: Axis, count: int, integer: bool = False) -> None:
 
 
 def title(figure: Figure, text: str) -> None:
-  """A title over all panels, in as many lines as it needs."""
+  """A title over all panels, broken into lines."""
   figure.suptitle(textwrap.fill(text, int(figure.get_figwidth() / 0.075)))
 
 
 def method_legend(
   figure: Figure, rows: Sequence[Row], styles: Mapping[str, Look]
 ) -> None:
-  """The lines of the methods, a flat one below its plain one."""
+  """The lines of the methods, with a flat one below its plain one."""
   handles = [
     Line2D(
       [],
@@ -161,7 +161,7 @@ def method_legend(
 def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
   """A legend below the panels, with as many columns as fit.
 
-  Columns are filled from the top; with several lines their number is even and
+  Columns are filled from the top. With several lines their number is even, and
   the last column is filled up, so that pairs of entries stay together.
   """
   handles = list(handles)
@@ -170,7 +170,7 @@ def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
   lines = math.ceil(len(handles) / fitting)
   lines += lines % 2 if lines > 1 else 0
   columns = math.ceil(len(handles) / lines)
-  # A long legend takes no room from the panels.
+  # A long legend does not shrink the panels.
   figure.set_figheight(figure.get_figheight() + 0.17 * (lines - 1))
   for _ in range(columns * lines - len(handles)):
     handles.append(Line2D([], [], ls='', label=' '))
@@ -187,10 +187,10 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
   """A centred running mean over a tenth of the points.
 
   Args:
-    values: [N]; those that are not finite do not count.
+    values: [N]; non-finite values do not count.
 
   Returns:
-    [N]; near the ends the mean of fewer values, NaN where there is none.
+    [N]; near the ends the mean over fewer values, NaN without any.
   """
   numbers = np.asarray(values, float)
   if not numbers.size:

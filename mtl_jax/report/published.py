@@ -1,4 +1,4 @@
-"""Published numbers to show beside our own."""
+"""Published numbers to show beside the measured ones."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ class Value(NamedTuple):
 
 
 class Published(NamedTuple):
-  """The published numbers of one problem, in the unit they are shown in.
+  """The published numbers for one problem, in the unit of the table.
 
   Attributes:
-    source: where they were published.
+    source: the publication.
     rows: `{method: {'task/metric' or 'average': value}}`.
   """
 
@@ -35,22 +35,22 @@ class Published(NamedTuple):
 def read_published(
   path: str | os.PathLike[str], summary: Summary
 ) -> Published | None:
-  """Reads the numbers that a file has for a problem.
+  """Reads the numbers for a problem from a file.
 
   The file is a JSON object `{"source": str, problem: {method: {column: value or
-  [value, deviation]}}}`; problems may lie deeper. A column is a task's name, a
-  `task/metric`, `task_<n>` for the n-th task counted from one, or `average`.
-  Numbers are in the unit of our table: accuracies in per cent.
+  [value, deviation]}}}`; problems may be nested deeper. A column is a task's
+  name, a `task/metric`, `task_<n>` for the n-th task counted from one, or
+  `average`. Numbers are in the unit of the table: accuracies in per cent.
 
   Args:
     path: the file.
-    summary: the problem, and the methods, that numbers are looked up for.
+    summary: the problem and the methods to look up.
 
   Returns:
-    The numbers of the methods in `summary`, or None where it has none.
+    The numbers for the methods in `summary`, or None if the file has none.
 
   Raises:
-    ValueError: where the file is no such JSON object.
+    ValueError: if the file is not such a JSON object.
   """
   path = pathlib.Path(path)
   try:
@@ -82,15 +82,15 @@ def read_published(
 def published_delta_m(
   published: Published, method: str, summary: Summary
 ) -> float | None:
-  """Relative change from the published single-task row, per cent.
+  """Relative change from the published single-task row, in per cent.
 
   Args:
     published: the numbers.
     method: the row.
-    summary: tells the metrics and their directions.
+    summary: specifies the metrics and their directions.
 
   Returns:
-    The mean over tasks, negative is better; None where a number is missing.
+    The mean over tasks, negative is better; None if a number is missing.
   """
   keys = summary.first_metrics
   rows = [published.rows.get(name, {}) for name in (method, 'stl')]
@@ -103,7 +103,7 @@ def published_delta_m(
 
 
 def _find(tree: Mapping[str, Any], problem: str) -> Mapping[str, Any] | None:
-  """The innermost object called `problem` that holds methods."""
+  """The innermost object with the name `problem` that holds methods."""
   for key, value in tree.items():
     if isinstance(value, Mapping):
       inner = _find(value, problem)

@@ -1,4 +1,4 @@
-"""The result file of a problem: the numbers with all that made them."""
+"""The result file of a problem, with the numbers and their origin."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -22,18 +22,18 @@ def result(
   best_test: Summary | None = None,
   notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """The numbers of a summary with configs, versions, commit and date.
+  """The numbers in a summary with configs, versions, commit and date.
 
   Args:
     summary: the numbers, by the last evaluation on test.
     command: the command that made the file.
-    best_test: the same runs summarised by their best evaluation on test, to be
+    best_test: a summary of the same runs by their best evaluation on test,
       added under that name.
     notes: further warnings to keep.
 
   Returns:
-    A tree of plain values with a fixed order of keys. Metrics are as logged.
-    Where the runs disagree on a device, version or commit, it lists all.
+    A tree of plain values with a fixed order of keys. Metrics are as logged. If
+    the runs differ in a device, version or commit, it lists all values.
   """
   runs = [run for row in summary.rows for run in row.runs]
   methods = {row.label: _row(row, summary) for row in summary.rows}
@@ -69,17 +69,17 @@ def result(
 
 
 def dumps(tree: Any, indent: str = '') -> str:
-  """JSON with a line for each entry but for lists and dicts of plain values.
+  """JSON with one line an entry, except in lists and dicts of plain values.
 
   Args:
     tree: dicts, lists and plain values, all finite.
-    indent: what the lines below the first start with.
+    indent: the text before all lines but the first.
 
   Returns:
     The text, without a newline at its end.
 
   Raises:
-    ValueError: for a number that is not finite, which JSON does not know.
+    ValueError: for a non-finite number, which JSON cannot hold.
   """
   children = list(tree.values()) if isinstance(tree, dict) else tree
   nested = isinstance(tree, (dict, list)) and any(
@@ -135,12 +135,12 @@ def _estimate(value: Estimate) -> dict[str, Any]:
 
 
 def _number(value: float | None) -> float | None:
-  """None for what JSON cannot hold: the score of a diverged run."""
+  """The value, or None for the score of a diverged run."""
   return value if value is not None and math.isfinite(value) else None
 
 
 def _configs(summary: Summary) -> dict[str, Any]:
-  """Settings that all runs share, and the further ones of each method."""
+  """Settings that all runs share, and further settings of each method."""
   runs = [run for row in summary.rows for run in row.runs]
   differing = differing_keys(runs)
   common = runs[0].settings if runs else {}
@@ -164,6 +164,6 @@ def _versions(run: Run) -> Mapping[str, str]:
 
 
 def _common(values: Iterable[Any]) -> Any:
-  """The one value, or the sorted list of all where there are several."""
+  """The single value, or a sorted list if there are several."""
   distinct = sorted(set(values), key=str)
   return distinct[0] if len(distinct) == 1 else distinct

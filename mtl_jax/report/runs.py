@@ -1,4 +1,4 @@
-"""What a run left behind: finding run directories and reading them."""
+"""Runs, read from their directories."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from typing import Any
 
 _RUN_FILES = ('run.json', 'metrics.jsonl')
 
-# Entries of a config that tell runs of one comparison apart by intention, and
-# those that cannot change a score: places of files, logs and checkpoints.
+# Config entries that differ on purpose between the runs of a comparison, and
+# entries that cannot change a score: places of files, logs and checkpoints.
 _NOT_COMPARED = (
   'method',
   'seed',
@@ -28,10 +28,10 @@ _NOT_COMPARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One training run, as its directory tells it.
+  """One training run, as its directory records it.
 
   Attributes:
-    directory: where it was read from.
+    directory: the directory of the run.
     problem: name of the problem.
     method: name of the method, such as `'f_cagrad'`.
     seed: seed of the run.
@@ -39,9 +39,9 @@ class Run:
     higher_is_better: `{'task/metric': bool}`, each task's first metric before
       its others.
     config: the config with nested keys joined by dots.
-    info: `run.json` as it is.
+    info: the content of `run.json`.
     lines: the lines of `metrics.jsonl`, in their order, NaN for a null.
-    warnings: what a reader of the numbers should know about this run.
+    warnings: facts about this run that a reader of its numbers should know.
   """
 
   directory: pathlib.Path
@@ -65,7 +65,7 @@ class Run:
 
   @property
   def settings(self) -> dict[str, Any]:
-    """The config without the seed and what cannot change a score."""
+    """The config without the seed and entries that cannot change a score."""
     return {
       key: value
       for key, value in self.config.items()
@@ -74,7 +74,7 @@ class Run:
 
   @property
   def evaluations(self) -> tuple[Mapping[str, Any], ...]:
-    """The lines with every task's first metric on test, of its last config."""
+    """The lines with every task's first metric on test, for the last config."""
     keys = [f'test/{key}' for key in self.first_metrics]
     since = max((change['step'] for change in self.config_changes), default=0)
     return tuple(
@@ -85,7 +85,7 @@ class Run:
 
   @property
   def config_changes(self) -> tuple[Mapping[str, Any], ...]:
-    """Where it went on with another config that may change a score.
+    """Continuations with another config that may change a score.
 
     More epochs of the same training do not count.
     """
@@ -98,12 +98,12 @@ class Run:
 
   @property
   def finished(self) -> bool:
-    """Whether it ran to its end and was evaluated on test there."""
+    """Whether it reached its last step and was evaluated on test there."""
     return self.info.get('finished') is not None and bool(self.evaluations)
 
   @property
   def last_step(self) -> int:
-    """The last step that the log knows of, 0 for an empty log."""
+    """The last step in the log, 0 for an empty log."""
     return max((line['step'] for line in self.lines), default=0)
 
   def series(self, key: str) -> tuple[list[int], list[float], list[float]]:
@@ -121,20 +121,20 @@ def read_runs(
 ) -> tuple[list[Run], list[str]]:
   """Reads every run directory at or below `directories`.
 
-  A run directory holds `run.json` and `metrics.jsonl`. One that is reached by
-  two of `directories` is read once.
+  A run directory holds `run.json` and `metrics.jsonl`. A directory that is
+  below two of `directories` is read once.
 
   Args:
     directories: folders to search.
 
   Returns:
-    The runs in the order of their paths, and what was left out or is odd, a
-    sentence each.
+    The runs in the order of their paths, and a sentence for each directory that
+    was skipped or is odd.
 
   Raises:
-    ValueError: where a directory does not exist, where there is no run below
-      any of them, where a file is damaged (but for the last line of a log) and
-      where one method and seed of a problem was run twice with one config.
+    ValueError: if a directory does not exist, if there is no run below any of
+      them, if a file is damaged (except for the last line of a log), and if one
+      method and seed of a problem was run twice with the same config.
   """
   directories = [pathlib.Path(directory) for directory in directories]
   found: dict[pathlib.Path, pathlib.Path] = {}
@@ -169,16 +169,17 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
   """Reads one run directory.
 
   Args:
-    directory: a folder with `run.json` and `metrics.jsonl`. The config is that
-      of `run.json`; of an older run, which has none there, `config.json`.
+    directory: a folder with `run.json` and `metrics.jsonl`. The config comes
+      from `run.json` or, for an older run without one there, from
+      `config.json`.
 
   Returns:
-    The run. A last line of the log that is no JSON object, as a crash in the
-    middle of writing leaves it, is ignored and mentioned in `warnings`.
+    The run. If the log's last line is not a JSON object, as after a crash
+    during writing, it is ignored and mentioned in `warnings`.
 
   Raises:
-    ValueError: names the file (and line) that cannot be read, or the two files
-      that are of two methods.
+    ValueError: if a file cannot be read, or if the two files have different
+      methods; the message names the file and line, or both files.
   """
   directory = pathlib.Path(directory)
   info = _read_object(directory / 'run.json')
@@ -246,7 +247,7 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 def _read_lines(
   path: pathlib.Path,
 ) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-  """The lines of a log, and a warning where the last one is broken."""
+  """The lines of a log, and a warning if the last one is broken."""
   rows = path.read_bytes().split(b'\n')
   while rows and not rows[-1].strip():
     rows.pop()
@@ -262,7 +263,7 @@ def _read_lines(
           f'{path}, line {number} cannot be read: {error}'
         ) from None
       return lines, (f'Ignored the broken last line {number} of {path}.',)
-    # A number that is not finite is logged as null.
+    # A non-finite number is logged as null.
     lines.append({k: math.nan if v is None else v for k, v in line.items()})
   return lines, ()
 

@@ -1,4 +1,4 @@
-"""What runs of one problem say together: rows of means with their spread."""
+"""Summaries of a problem's runs, as rows of means with their spread."""
 
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -21,17 +21,17 @@ BEST_TEST = 'best_test'
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A method, or one of several configs of it, over its finished seeds.
+  """A method, or one of its configs, over its finished seeds.
 
   Attributes:
-    label: the method and, where it was run with several configs, what sets
-      this one apart.
+    label: the method and, if it was run with several configs, the settings that
+      distinguish this one.
     method: name of the method.
     runs: the finished runs by seed.
     scores: `{'task/metric': estimate}` for every metric that all runs have.
-    average: mean over tasks of their first metric, where all have the same.
+    average: mean over tasks of their first metric, if all have the same.
     delta_m: relative change from single-task in per cent, negative is better.
-    wall_time_s: median over runs, in seconds; None where no run tells.
+    wall_time_s: median over runs, in seconds; None if no run reports it.
     steps_per_second: median over runs.
   """
 
@@ -47,22 +47,22 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """The runs of one problem, ready to be shown.
+  """The summarised runs of one problem.
 
   Attributes:
     problem: name of the problem.
     tasks: names of the tasks.
     first_metrics: the first metric of each task, as `'task/metric'`.
-    higher_is_better: of every metric.
-    shared_metric: the metric's name where all tasks' first one has the same
-      name and direction, else None; only then is there an average.
-    selection: which evaluation is the score: `'last'` or `'best_test'`.
-    rows: single-task and linear first, then by name, each flat method after its
-      plain one.
-    unfinished: `(label, run)` of the runs that are in no row.
-    baselines: `{'task/metric': value}` that `delta_m` compares with.
-    baselines_source: where they come from; empty without any.
-    warnings: what to know before comparing rows.
+    higher_is_better: the direction of every metric.
+    shared_metric: the name of the first metric if it has the same name and
+      direction for all tasks, else None. Only with a name is there an average.
+    selection: the evaluation that gives the score: `'last'` or `'best_test'`.
+    rows: single-task and linear first, then by name, with each flat method
+      after its plain one.
+    unfinished: `(label, run)` for the runs that are in no row.
+    baselines: `{'task/metric': value}`, the reference for `delta_m`.
+    baselines_source: their source; empty without any.
+    warnings: facts to know before a comparison of rows.
   """
 
   problem: str
@@ -79,7 +79,7 @@ class Summary:
 
 
 def by_problem(runs: Sequence[Run]) -> dict[str, list[Run]]:
-  """The runs of each problem, problems in alphabetical order."""
+  """The runs of each problem, with problems in alphabetical order."""
   problems = sorted({run.problem for run in runs})
   return {
     problem: [run for run in runs if run.problem == problem]
@@ -88,20 +88,20 @@ def by_problem(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def summarise(runs: Sequence[Run], selection: str = LAST) -> Summary:
-  """Puts the runs of one problem together.
+  """Summarises the runs of one problem.
 
   Args:
-    runs: of one problem; unfinished ones are listed but enter no number.
+    runs: runs of one problem; unfinished ones are listed but enter no number.
     selection: `'last'` takes the last evaluation on test, `'best_test'` the one
-      with the best average over tasks. The second is what some published
-      scripts do; it selects on test.
+      with the best average over tasks. Some published scripts do the latter,
+      which selects on test.
 
   Returns:
     The summary.
 
   Raises:
     ValueError: for no run, an unknown selection, several problems, runs whose
-      tasks or metrics differ, and `'best_test'` where tasks have no average.
+      tasks or metrics differ, and `'best_test'` if tasks have no average.
   """
   if not runs:
     raise ValueError(f'runs must not be empty, got {runs}')
@@ -169,7 +169,7 @@ _Select = Callable[[Run], dict[str, float]]
 
 
 def _selector(first: Run, selection: str) -> _Select:
-  """A function from a run to `{'task/metric': value}` of one evaluation."""
+  """A function from a run to `{'task/metric': value}` at one evaluation."""
   sign = 1 if first.higher_is_better[first.first_metrics[0]] else -1
 
   def average(line: Mapping[str, Any]) -> float:
@@ -192,10 +192,10 @@ def _selector(first: Run, selection: str) -> _Select:
 def _baselines(
   first: Run, groups: Mapping[str, Sequence[Run]], select: _Select
 ) -> tuple[dict[str, float], str]:
-  """What to compare with: single-task runs if any, else the problem's own.
+  """The baselines: single-task runs if there are any, else the problem's own.
 
-  The metrics compared are those the problem has baselines for, and the first
-  metric of each task for a problem without.
+  Compared are the metrics for which the problem has baselines, or the first
+  metric of each task if it has none.
   """
   published = dict(first.info.get('baselines') or {})
   keys = [key for key in first.higher_is_better if key in published]
@@ -204,7 +204,7 @@ def _baselines(
     source = first.info.get('baselines_source') or 'unnamed source'
     values = {key: float(published[key]) for key in keys}
     return values, source if values else ''
-  # Several configs of it: the one with the most seeds, the first of equals.
+  # Among several configs the one with the most seeds, and the first of equals.
   label = max(single, key=lambda name: len(groups[name]))
   scores = [select(run) for run in groups[label]]
   keys = [key for key in keys if all(key in score for score in scores)]
@@ -258,7 +258,7 @@ def _row(
 
 
 def _rate(run: Run) -> float | None:
-  """Steps a second: the median of the log, which leaves compilation out."""
+  """Steps per second: the median over the log, which excludes compilation."""
   _, _, rates = run.series('train/steps_per_second')
   rates = [rate for rate in rates if math.isfinite(rate)]
   if rates:

@@ -17,7 +17,7 @@ from mtl_jax.report.units import decimals_for
 from mtl_jax.report.units import titled
 from mtl_jax.report.units import unit_of
 
-# With more tasks than this they go into a table of their own, one a row.
+# More tasks than this go into a separate table, with one in a row.
 _MOST_TASK_COLUMNS = 8
 
 _BEST_TEST_TITLE = (
@@ -27,14 +27,14 @@ _BEST_TEST_TITLE = (
 
 
 def markdown(summary: Summary, published: Sequence[Published] = ()) -> str:
-  """The table of a problem with what one must know to read it.
+  """The table of a problem, with notes for its reader.
 
   Args:
     summary: the numbers.
-    published: published rows to put below ours.
+    published: published rows to put below the measured ones.
 
   Returns:
-    Markdown whose columns line up as plain text too; ends with a newline.
+    Markdown whose columns also line up as plain text; ends with a newline.
   """
   title = f'## {summary.problem}'
   if summary.selection == BEST_TEST:
@@ -55,7 +55,7 @@ def markdown(summary: Summary, published: Sequence[Published] = ()) -> str:
 
 
 def csv_text(summary: Summary) -> str:
-  """The table as CSV: numbers as logged, in full precision.
+  """The table as CSV, with numbers as logged and in full precision.
 
   Args:
     summary: the numbers.
@@ -214,7 +214,7 @@ def _show(
   spread = f'{scale * value.standard_error:.{decimals}f}' if known else '-'
   if not math.isfinite(value.mean):
     return f'{value.mean} ± {spread}'
-  # Adding zero turns the -0.0 of a baseline compared with itself into 0.0.
+  # Adding zero turns the -0.0 for a baseline compared with itself into 0.0.
   mean = round(scale * value.mean, decimals) + 0.0
   return f'{mean:{sign}.{decimals}f} ± {spread}'
 
@@ -243,7 +243,7 @@ def _transposed(columns: Sequence[_Column]) -> list[_Column]:
 
 
 def _aligned(columns: Sequence[_Column]) -> str:
-  """A Markdown table: first column to the left, numbers to the right."""
+  """A Markdown table with the first column left and numbers right."""
   widths = [max(map(len, [title, *cells])) for title, cells in columns]
   lines = [[title for title, _ in columns]]
   lines += [list(row) for row in zip(*(c for _, c in columns), strict=True)]

@@ -1,21 +1,21 @@
-"""In which unit a metric is shown. Logs, CSV and JSON keep it as it is."""
+"""Units for the display of metrics; logs, CSV and JSON stay unscaled."""
 
 import math
 from typing import NamedTuple
 
-# Logged as fractions of one, shown in per cent as papers do.
+# Logged as fractions of one, shown in per cent as in papers.
 _FRACTIONS = ('accuracy',)
 
 
 class Unit(NamedTuple):
-  """How to show a metric: `scale * value`, with `name` behind the metric's."""
+  """The display of a metric as `scale * value`, with `name` as its unit."""
 
   scale: float
   name: str
 
 
 def unit_of(metric: str) -> Unit:
-  """The unit of a metric, given its name with or without the task's."""
+  """The unit of a metric, from its name with or without the task's."""
   is_fraction = metric.rpartition('/')[2] in _FRACTIONS
   return Unit(100.0, '%') if is_fraction else Unit(1.0, '')
 

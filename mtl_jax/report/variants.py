@@ -1,4 +1,4 @@
-"""Which runs belong together, what their rows are called and in which order."""
+"""Groups of runs that belong together, with their labels and their order."""
 
 from collections.abc import Sequence
 import json
@@ -6,10 +6,10 @@ from typing import Any
 
 from mtl_jax.report.runs import Run
 
-# What every other method is compared with comes first.
+# The reference methods come first.
 _CONTROLS = ('stl', 'linear')
 
-# The part of a config that says which method it is.
+# The part of a config that specifies the method.
 _METHOD_SETTINGS = ('method.', 'model.sharing')
 
 
@@ -19,12 +19,12 @@ def family(label: str) -> str:
 
 
 def is_flat(label: str) -> bool:
-  """Whether the label is that of a method with flat minima."""
+  """Whether the label names a method with flat minima."""
   return label.startswith('f_')
 
 
 def sort_key(label: str) -> tuple[Any, ...]:
-  """Controls first, then by name, a flat method right after its plain one."""
+  """Sorts controls first, then by name, each flat method after its plain one."""
   base = family(label)
   method = base.split(' ')[0]
   if method in _CONTROLS:
@@ -35,10 +35,10 @@ def sort_key(label: str) -> tuple[Any, ...]:
 def label_runs(
   runs: Sequence[Run],
 ) -> tuple[list[str], tuple[str, ...]]:
-  """Names the row of each run and warns of configs that differ.
+  """Names the row of each run and warns about configs that differ.
 
-  Runs of one method with different settings are never averaged: they get a
-  row each, named by what differs.
+  Runs of one method with different settings are never averaged: each setting
+  gets a row, named by the difference.
 
   Args:
     runs: runs of one problem.
@@ -67,13 +67,13 @@ def label_runs(
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
-  """The settings that are not the same in all of `runs`."""
+  """The settings that differ among `runs`."""
   keys = sorted({key for run in runs for key in run.settings})
   return [key for key in keys if len(_values(runs, key)) > 1]
 
 
 def _values(runs: Sequence[Run], key: str) -> set[str | None]:
-  """The values of a setting, as JSON; None where a run has no such key."""
+  """The values of a setting, as JSON; None for a run without the key."""
   return {
     json.dumps(run.settings[key], sort_keys=True)
     if key in run.settings
@@ -83,10 +83,10 @@ def _values(runs: Sequence[Run], key: str) -> set[str | None]:
 
 
 def _between_methods(runs: Sequence[Run]) -> list[str]:
-  """A warning where a setting that all methods have is not the same in all.
+  """A warning if a setting that all methods have differs between them.
 
-  What makes the method is not a difference, nor is a setting that only some
-  methods have; one that differs within a method has been told already.
+  The settings that define the method do not count, nor does a setting that only
+  some methods have. A setting that differs within a method is already reported.
   """
   methods = sorted({run.method for run in runs}, key=sort_key)
   groups = [[run for run in runs if run.method == name] for name in methods]
@@ -110,7 +110,7 @@ def _between_methods(runs: Sequence[Run]) -> list[str]:
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
-  """The last part of each key, or the whole key where two would be alike."""
+  """The last part of each key, or the whole key if two would be equal."""
   short = [key.rpartition('.')[2] for key in keys]
   return {
     key: name if short.count(name) == 1 else key
