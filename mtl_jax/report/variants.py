@@ -24,7 +24,7 @@ def is_flat(label: str) -> bool:
 
 
 def sort_key(label: str) -> tuple[Any, ...]:
-  """Sorts controls first, then by name, each flat method after its plain one."""
+  """Sorts controls first, then by name, flat methods after their plain ones."""
   base = family(label)
   method = base.split(' ')[0]
   if method in _CONTROLS:
