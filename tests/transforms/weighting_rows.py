@@ -385,7 +385,4 @@ DETERMINISTIC = params(r for r in ROWS if r.reference is not None)
 POSITIVE = params(r for r in ROWS if r.positive)
 INDEPENDENT = params(r for r in ROWS if r.independent)
 SYMMETRIC = params(r for r in ROWS if r.reference is not None and r.symmetric)
-PER_TASK = params(
-  r for r in ROWS if r.reference is not None and not r.symmetric
-)
 PICKY = params(r for r in ROWS if r.wrong)
