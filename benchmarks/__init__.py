@@ -1,1 +1,1 @@
-"""What the project costs, beside its peers; run from the repository's root."""
+"""Costs of the project and its peers; run from the repository's root."""

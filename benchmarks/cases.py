@@ -1,8 +1,8 @@
-"""What is measured: a case, and our train step on it.
+"""Cases to measure, and this project's train step on them.
 
 A case is a model, a number of tasks and a batch. All variants of a case start
-from the same parameters and see the same batch, so that what they compute can
-be compared before it is timed.
+from the same parameters and get the same batch, so that their results can be
+compared before they are timed.
 """
 
 from collections.abc import Callable
@@ -78,9 +78,9 @@ class Spec(NamedTuple):
     method: `'plain'`, the mean loss by one backward pass; an aggregator of
       `AGGREGATORS`; one with `'flat '` before it; or `'sam'`, which for one
       task is `'flat linear'` with one norm over all parameters.
-    engine: of ours; see `mtl_jax.task_grad`, or `'ghost'` for
+    engine: the engine in `'ours'`; see `mtl_jax.task_grad`, or `'ghost'` for
       `mtl_jax.ghost_update`.
-    dtype: in which ours computes; parameters are float32 always.
+    dtype: the dtype in which `'ours'` computes; parameters are always float32.
   """
 
   library: str
@@ -99,20 +99,20 @@ class Spec(NamedTuple):
 
 
 class First(NamedTuple):
-  """What the first step computed: losses [T] and the gradient for Adam."""
+  """Results of the first step: losses [T] and the gradient for Adam."""
 
   losses: np.ndarray
   update: types.Params
 
 
 class Variant(NamedTuple):
-  """Something to be timed.
+  """A function to be timed.
 
   Attributes:
-    spec: which variant it is.
-    first: does the first step and returns what it computed; called once.
+    spec: the specification of the variant.
+    first: does the first step and returns its results; called once.
     run: `run(n)` does n steps and blocks until they are done.
-    facts: what compilation tells, for the results; empty where nothing is
+    facts: facts from the compilation, for the results; empty if nothing is
       compiled.
   """
 
@@ -185,7 +185,7 @@ def model_of(case: Case, dtype: str = 'float32') -> types.Model:
 
 
 def initial_params(case: Case) -> types.Params:
-  """The parameters that all variants of a case start from, NumPy arrays."""
+  """The initial parameters of all variants of a case, NumPy arrays."""
   problem, model = problem_of(case), model_of(case)
   state = step_lib.init_state(
     problem, model, optax.identity(), seed=0, batch=batch_of(case)
@@ -211,7 +211,7 @@ def optimizer_of(
 
 
 def ours(case: Case, spec: Spec) -> Variant:
-  """Our train step, compiled, with its state donated as in training."""
+  """The compiled train step, with its state donated as in training."""
   problem = problem_of(case)
   batch = jax.tree.map(jnp.asarray, batch_of(case))
   make = _ghost_step if spec.engine == 'ghost' else _train_step
@@ -282,7 +282,7 @@ def _ghost_step(case, spec, problem, batch):
 
 
 def compile_step(step, state, batch) -> tuple[Callable[..., Any], dict]:
-  """The compiled step, and what its compilation tells."""
+  """The compiled step, and facts from its compilation."""
   start = time.perf_counter()
   compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
   seconds = time.perf_counter() - start
@@ -307,12 +307,12 @@ def forward_flops(case: Case) -> float:
 
 
 def _flops(compiled):
-  # XLA counts the body of a loop once, however often it runs.
+  # XLA counts the body of a loop once, for any number of runs.
   return float((compiled.cost_analysis() or {}).get('flops', float('nan')))
 
 
 def num_parameters(params: types.Params) -> dict[str, int]:
-  """How many parameters there are, and how many bytes the shared ones are."""
+  """The number of parameters, and the bytes of the shared ones."""
   return {
     'parameters': sum(int(x.size) for x in jax.tree.leaves(params)),
     'shared_bytes': sum(
@@ -322,9 +322,9 @@ def num_parameters(params: types.Params) -> dict[str, int]:
 
 
 def by_name(tree: Any) -> dict[str, np.ndarray]:
-  """A tree laid out like our parameters as PyTorch's names and layouts.
+  """A tree laid out like the parameters, in PyTorch's names and layouts.
 
-  Models that PyTorch's side has not keep what it would have no name for.
+  Models without a PyTorch version keep the entries that have no name there.
   """
   found = {}
   for path, leaf in jax.tree.leaves_with_path(tree):

@@ -1,21 +1,23 @@
-"""Bytes that each device sends in one joint update, counted and at the least.
+"""Bytes that each device sends in one joint update, with their lower bound.
 
   python -m benchmarks.communication --out=results/benchmarks/communication.json
 
-Steps are compiled for eight virtual CPU devices and not run; collectives are
+Steps are compiled for eight virtual CPU devices but not run. Collectives are
 counted in the compiled programs, with the costs of ring algorithms. XLA's CPU
-backend has no reduce-scatter: it sums whole arrays of which every device keeps
-its share. Beside the count of what is there stands what it would be with
-reduce-scatter, which is what XLA makes of these sums on TPU and GPU.
+backend has no reduce-scatter: it sums whole arrays, of which every device keeps
+its share. A second count assumes reduce-scatter, which XLA uses for these sums
+on TPU and GPU.
 
-`bound` is what a mode cannot do without. With S bytes of shared parameters, H
-of all heads, T tasks, d devices along 'data' and t along 'task', a sum of X
-bytes of which all devices want the whole costs each 2 (d - 1) / d X, and one of
-which each wants a share, or the gathering of shares, (d - 1) / d X. So:
+`bound` is the least that a mode has to send. Let S be the bytes of shared
+parameters and H of all heads, with T tasks, d devices along 'data' and t along
+'task'. A sum of X bytes that all devices need whole costs each 2 (d - 1) / d X.
+A sum of which each needs a share, or the gathering of shares, costs (d - 1) / d
+X. Hence:
 
 - replicated: the sum of the stack, T S + H; twice for a flat update.
-- sharded: parameters are gathered, S + H; a flat update gathers those of every
-  task besides, T S + H. The stack is summed to shares: T S + H a pass.
+- sharded: parameters are gathered, S + H; a flat update also gathers the
+  parameters of every task, T S + H. The stack is summed to shares: T S + H a
+  pass.
 - tasks: as before for the T / t rows of a group. Then a device exchanges
   (t - 1) / t of its rows' entries for the same entries of other rows, once in
   a plain update and three times in a flat one (loss gradients, task parameters
@@ -23,11 +25,10 @@ which each wants a share, or the gathering of shares, (d - 1) / d X. So:
   heads, H, are gathered along 'task'. Each of those rows and updates is 1 / d
   of the whole if parameters are sharded.
 
-Steps are traced as for a GPU, whose Gram matrices and convolutions are those of
-any accelerator: what is done for the CPU backend instead would gather shards.
-
-Scalars and [T, T] matrices are left out, and leaves count as if all were cut.
-LeNet's are not: none of its longer ones has an axis that 8 divides. A
+Steps are traced as for a GPU, with the Gram matrices and convolutions for any
+accelerator: the forms for the CPU backend would gather shards. Scalars and [T,
+T] matrices are not counted, and leaves count as if all were cut. LeNet's are
+not cut, because none of its longer leaves has an axis that 8 divides. A
 convolution that is batched over tasks has groups, whose inputs XLA gathers.
 """
 
@@ -78,7 +79,7 @@ MODELS = {
 
 
 def problem_of(num_tasks):
-  """A problem of the size of Multi-MNIST with any number of tasks."""
+  """A problem with the size of Multi-MNIST and any number of tasks."""
   return pairs.pair_problem(
     'pairs',
     image_shape=(36, 36, 1),
@@ -115,7 +116,8 @@ def compiled_step(problem, model, mode, kind):
       donate_argnums=0,
       in_shardings=(shards, distributed.batch_sharded(mesh)),
       out_shardings=(shards, distributed.replicated(mesh)),
-      # The machine code is not run; the collectives are decided before it.
+      # The machine code is not run; the collectives are fixed before it is
+      # made.
       compiler_options={'xla_backend_optimization_level': 0},
     ).lower(state, batch)
   compiled = lowered.compile()
@@ -130,7 +132,8 @@ def bound(mode, kind, *, shared, heads, num_tasks):
   d = DEVICES // t
   sharded, flat = parameters == 'sharded', kind == 'flat'
   along_data, along_tasks = (d - 1) / d, (t - 1) / t
-  # What a device of a group holds of its rows, and of the parameters.
+  # The share of its rows, and of the parameters, that a device in a group
+  # holds.
   part = 1 / d if sharded else 1
   rows = num_tasks // t * shared
   passes = 2 if flat else 1
@@ -229,7 +232,7 @@ def main():
     title = f'{name}, {number} tasks'
     result['models'][title] = rows
     print(markdown(title, rows), end='\n\n', flush=True)
-    # After each, because a large model takes minutes to compile.
+    # Saved after each, because a large model takes minutes to compile.
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + '\n')
 

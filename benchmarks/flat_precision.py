@@ -6,8 +6,8 @@
 For each radius, adaptive or not: the cosine of the shared part's flat gradients
 (mean over tasks) when the model's passes run in bfloat16 and in float32, with
 the same parameters and batch, at the start and after some steps of training.
-Beside it how far rounding moves the parameters, with which
-`mtl_jax.train.radius` compares a radius. Nothing here is a test.
+The length of the parameters' rounding error is listed too;
+`mtl_jax.train.radius` compares a radius with it. Nothing here is a test.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def trained(problem, model, batches, seed):
 
 
 def measure(name, batch_size, num_steps, seed=0):
-  """One row per state, kind of perturbation and radius."""
+  """One row for each state, kind of perturbation and radius."""
   problem = problems.by_name('multi_mnist')
   model = models.make_model(models.by_name(name), problem.tasks)
   source = problem.load('train', kind='synthetic')

@@ -1,4 +1,4 @@
-"""Counts what a compiled program sends between devices, from its HLO text."""
+"""Counts of the bytes between devices in a program, from its HLO text."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -18,14 +18,14 @@ _COLLECTIVES = (
   'all-to-all',
   'collective-permute',
 )
-# Operations that send something and that nothing here knows the cost of.
+# Operations that send data at an unknown cost.
 _UNKNOWN = (
   'collective-broadcast',
   'ragged-all-to-all',
   'send',
   'recv',
 )
-# What a value may pass on its way to where it is sliced.
+# Operations that may come between a value and its slices.
 _MOVES = ('bitcast', 'copy', 'reshape', 'transpose', 'convert')
 
 
@@ -37,11 +37,11 @@ class Collective:
     kind: `'all-reduce'`, `'all-gather'`, `'reduce-scatter'`, `'all-to-all'` or
       `'collective-permute'`.
     devices: number of devices that take part together.
-    bytes: size of the whole array: what each device holds before a reduction or
-      an exchange, and after a gathering.
-    sliced_bytes: of an all-reduce, the part of which every device keeps only
-      its share: a backend that has reduce-scatter makes one of it.
-    times: how often it is run.
+    bytes: size of the whole array, which each device holds before a reduction
+      or an exchange, and after a gathering.
+    sliced_bytes: the part of an all-reduce of which every device keeps only its
+      share; a backend with reduce-scatter uses that for it.
+    times: the number of times that it is run.
   """
 
   kind: str
@@ -70,15 +70,15 @@ def collectives(text: str) -> list[Collective]:
   """The collective operations that one device runs in a program.
 
   Args:
-    text: `compiled.as_text()` of a partitioned program. What is inside a loop
-      counts as often as the loop runs.
+    text: `compiled.as_text()` of a partitioned program. An operation in a loop
+      counts for every iteration.
 
   Returns:
-    The operations, those that only one device takes part in left out.
+    The operations, without those that involve only one device.
 
   Raises:
-    ValueError: where the number of runs cannot be told (a loop of unknown
-      length, a branch), and for operations of unknown cost.
+    ValueError: if the number of runs is unknown (a loop of unknown length, a
+      branch), and for operations of unknown cost.
   """
   program = _Program(text)
   return [c for c in program.run(program.entry, 1) if c.devices > 1]
@@ -94,7 +94,7 @@ class _Instruction:
 
 
 class _Program:
-  """The computations of a module, and what calls what."""
+  """The computations of a module, and the calls between them."""
 
   def __init__(self, text):
     partitions = re.search(r'num_partitions=(\d+)', text)
@@ -103,7 +103,7 @@ class _Program:
     self._computations: dict[str, dict[str, _Instruction]] = {}
     self.entry = ''
     body: dict[str, _Instruction] = {}
-    # Comments and the layouts of arrays say nothing here.
+    # Comments and the layouts of arrays do not matter here.
     plain = re.sub(r'/\*.*?\*/|(?<=\])\{[^}]*\}', '', text)
     for line in plain.splitlines():
       start = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{\s*$', line)
@@ -115,7 +115,7 @@ class _Program:
         body[found.name] = found
 
   def run(self, computation: str, times: int) -> Iterator[Collective]:
-    """What one call of a computation runs, `times` times."""
+    """The collectives in `times` calls of a computation."""
     for x in self._computations[computation].values():
       kind = x.opcode.removesuffix('-start')
       if kind in _UNKNOWN:
@@ -127,7 +127,7 @@ class _Program:
         yield from self.run(callee, number * times)
 
   def _calls(self, x):
-    """(computation, times) of all that an instruction calls."""
+    """(computation, times) for every call in an instruction."""
     named = re.findall(
       r'(?:calls|to_apply|body|condition|called_computations)='
       r'(%?[\w.\-]+|\{[^}]*\})',
@@ -169,8 +169,8 @@ class _Program:
   def _collective(self, kind, x, computation, times):
     sizes = [_size(shape) for shape in _shapes(x.shape)]
     if x.opcode.endswith('-start') and kind != 'all-reduce':
-      # (operands, results, context): results are not the smaller ones but for a
-      # reduce-scatter, of which the operand counts.
+      # (operands, results, context): results are at least as large as operands,
+      # except for a reduce-scatter, whose operand counts.
       sizes = [max(sizes)]
     elif kind == 'reduce-scatter':
       sizes = [n * self._group(x) for n in sizes]
@@ -201,7 +201,7 @@ class _Program:
     raise ValueError(f'the devices of {x.name} cannot be told: {x.rest}')
 
   def _sliced(self, computation, x, sizes, devices):
-    """Bytes of an all-reduce of which every device keeps its share alone."""
+    """Bytes of an all-reduce of which every device keeps only its share."""
     if not x.shape.startswith('('):
       return sizes[0] * self._only_sliced(
         computation, x.name, sizes[0] / devices
@@ -216,7 +216,7 @@ class _Program:
     return total
 
   def _only_sliced(self, computation, name, share):
-    """Whether all that becomes of a value are slices of a size."""
+    """Whether a value is used only for slices of a given size."""
     users = [
       x for x in self._computations[computation].values() if name in x.operands
     ]
@@ -241,7 +241,7 @@ class _Program:
 
 
 def _parse(line):
-  """The instruction of a line, if there is one."""
+  """The instruction in a line, if there is one."""
   found = re.match(
     r'\s+(?:ROOT )?%?([\w.\-]+) = (\([^=]*?\)|[^\s(]+) ([\w\-]+)\((.*)$',
     line,

@@ -1,15 +1,15 @@
-"""Time, memory and operations of one joint update, ours beside the peers'.
+"""Time, memory and operations of one joint update, compared with the peers.
 
   python -m benchmarks.joint_update --out=results/benchmarks/joint_update.json
 
-The variants of a case take turns in one process; before that their first step
-is compared, and one that computes something else stops the run. The peers (`pip
-install -r benchmarks/requirements.txt`) run in PyTorch's eager mode on all
-cores; without them ours run alone. Each section is saved when it is done, into
-the same file: sections can be run at different times. On a GPU, set
+The variants of a case take turns in one process. Before that their first steps
+are compared, and a different result stops the run. The peers (`pip install -r
+benchmarks/requirements.txt`) run in PyTorch's eager mode on all cores; without
+them only this project's variants run. Each section is saved into the same file
+when it is done, so sections can be run at different times. On a GPU, set
 XLA_PYTHON_CLIENT_PREALLOCATE=false so that PyTorch finds memory too. The
-machine should have nothing else to do: PyTorch's threads wait for each other at
-every operation, and lose more than ours where a core is taken away.
+machine should be otherwise idle: PyTorch's threads wait for each other at every
+operation, and lose more than JAX's if a core is busy.
 
 Nothing here is a test. `--quick` shows in two minutes that everything works.
 """
@@ -32,16 +32,16 @@ from benchmarks import sections as section_lib
 from benchmarks import timing
 from mtl_jax import types
 
-# Relative differences of gradients. Float32 leaves 1e-7 to 1e-6 of shallow
-# nets; in a deep one kinks of ReLU are crossed by one of two roundings.
+# Relative differences of gradients. Float32 gives 1e-7 to 1e-6 in shallow nets;
+# in a deep net two roundings can be on different sides of a ReLU's kink.
 _LARGEST_DIFFERENCE = 1e-3
 _TIMES_AS_FAR = 20
-# A larger model in float64 beside all variants would not fit 20 GiB.
+# A larger model in float64, besides all variants, would not fit in 20 GiB.
 _LARGEST_IN_FLOAT64 = 3e7
 
 
 def device_of_peers(threads: int) -> str | None:
-  """Where PyTorch runs, or None where it is not there or has not our device."""
+  """PyTorch's device, or None if it is missing or lacks JAX's device."""
   if any(importlib.util.find_spec(n) is None for n in ('torch', 'torchjd')):
     return None
   import torch
@@ -55,7 +55,7 @@ def device_of_peers(threads: int) -> str | None:
 def make_variant(
   case: cases.Case, spec: cases.Spec, params: types.Params, device: str | None
 ) -> cases.Variant | None:
-  """The variant, or None where its library or its model is not there."""
+  """The variant, or None if its library or its model is missing."""
   if spec.library == 'ours':
     return cases.ours(case, spec)
   if spec.library == 'optax':
@@ -73,24 +73,25 @@ def make_variant(
 def compared(
   case: cases.Case, variants: dict[str, cases.Variant], params: types.Params
 ) -> list[dict[str, Any]]:
-  """The first step of each variant beside its reference.
+  """The first step of each variant, compared with its reference.
 
-  Ours and PyTorch's are compared with PyTorch in float64. The flat gradient of
-  a deep net amplifies rounding, so ours may be some times as far from it as
-  PyTorch's float32 is. A large PyTorch model, and all others, are compared
-  with ours of the same method: SAM and 'ghost' must agree; TorchJD's solvers,
-  other engines and bfloat16 are reported.
+  The project's and PyTorch's variants are compared with PyTorch in float64. The
+  flat gradient of a deep net amplifies rounding, so the project's error may be
+  some times as large as PyTorch's in float32. A large PyTorch model, and all
+  others, are compared with the project's variant of the same method: SAM and
+  'ghost' must agree; TorchJD's solvers, other engines and bfloat16 are
+  reported.
 
   Args:
     case: the case.
-    variants: by label.
+    variants: the variants by label.
     params: the initial parameters.
 
   Returns:
     Records, see `records.agreement`.
 
   Raises:
-    RuntimeError: where ours computes something else than PyTorch or optax.
+    RuntimeError: if the project's result differs from PyTorch's or optax's.
   """
   first = {
     label: _named(variant.first()) for label, variant in variants.items()
@@ -129,7 +130,7 @@ def _check(alike, record):
 
 
 def _named(first: cases.First) -> cases.First:
-  """The update by the names that PyTorch has for parameters."""
+  """The update by PyTorch's names for parameters."""
   if set(first.update) != {'shared', 'heads'}:
     return first
   return first._replace(update=cases.by_name(first.update))
@@ -138,7 +139,7 @@ def _named(first: cases.First) -> cases.First:
 def run_group(
   group: section_lib.Group, device: str | None, limits: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-  """Rows, agreement and the variants left out of one group."""
+  """Rows, agreement and the skipped variants of one group."""
   case = group.case
   params = cases.initial_params(case)
   made = {
@@ -160,7 +161,7 @@ def run_group(
 def run_section(
   groups: list[section_lib.Group], device: str | None, limits: dict[str, Any]
 ) -> dict[str, Any]:
-  """All that is saved of a section; prints it case by case."""
+  """The saved content of a section; prints it case by case."""
   start = time.perf_counter()
   result: dict[str, Any] = {
     'machine': timing.machine(),
@@ -184,10 +185,10 @@ def run_section(
     if left_out:
       print(f'left out, not installed or not written: {", ".join(left_out)}')
     print(flush=True)
-    gc.collect()  # What a case held, before the next one is made.
+    gc.collect()  # Frees a case before the next one is made.
   stats = jax.devices()[0].memory_stats() or {}
-  # Linux counts in KiB, macOS in bytes. Both are the peak of the process, so
-  # of the sections before this one too.
+  # Linux counts in KiB, macOS in bytes. Both are the peak of the process, which
+  # includes the sections before this one.
   unit = 1 if sys.platform == 'darwin' else 1024
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
   return {
@@ -228,7 +229,7 @@ def main() -> None:
     groups = section_lib.quick(groups)
     limits = {'warm_up': 1, 'least': 2, 'most': 2}
     jax.config.update('jax_disable_most_optimizations', True)
-  # One thread has no other to wait for, whatever else the machine does.
+  # A single thread does not wait for others, even on a busy machine.
   device = device_of_peers(1 if args.quick else timing.cores())
   for name in names:
     print(f'## {name}\n', flush=True)

@@ -2,11 +2,11 @@
 
   python -m benchmarks.memory --out=results/benchmarks/memory.json
 
-Programs are compiled and not run: XLA tells what each will need. The model is a
-perceptron of wide layers on a batch of a few rows, so that activations are next
-to nothing and what is left are copies of the parameters. Beside each number is
-what the mode promises: one stack of T rows and two more copies when plain, two
-stacks and three more when flat, and less where no stack is held.
+Programs are compiled but not run: XLA reports the memory of each. The model is
+a perceptron with wide layers on a batch of a few rows, so activations are
+negligible and copies of the parameters remain. Each number is shown with the
+mode's promise: one stack of T rows and two more copies when plain, two stacks
+and three more copies when flat, and less without a stack.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def measure(task_counts=_TASKS) -> list[dict[str, Any]]:
     for (mode, flat), (make, promise) in _modes(names).items():
       found = {}
       for method in _METHODS:
-        # vmap and pairs of many tasks compile long and tell nothing new.
+        # vmap and pairs with many tasks compile long and show nothing new.
         if tasks > _TASKS[1] and mode != 'stack, scan':
           continue
         init, update = make(method)

@@ -1,4 +1,4 @@
-"""`optax.contrib.sam`, the peer for one task."""
+"""The peer for one task, `optax.contrib.sam`."""
 
 from typing import NamedTuple
 
@@ -20,13 +20,13 @@ class _State(NamedTuple):
 def variant(
   case: cases.Case, spec: cases.Spec, params: types.Params
 ) -> cases.Variant:
-  """A train step of one task with SAM, of a model without BatchNorm.
+  """A train step with SAM for one task and a model without BatchNorm.
 
   Its numbers are those of `flat_minima` around `linear` with `norm='joint'`.
 
   Args:
-    case: the case, of one task.
-    spec: which variant it is.
+    case: the case, with one task.
+    spec: the specification of the variant.
     params: the initial parameters.
 
   Returns:

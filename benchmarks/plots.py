@@ -22,7 +22,7 @@ from mtl_jax.report import looks
 from mtl_jax.report import panels
 
 FLAT = 'flat cagrad'
-# A colour a library; dashes for plain updates, as in the project's figures.
+# One colour a library; dashes for plain updates, as in the project's figures.
 _COLOURS = {'ours': looks.PALETTE[0], 'pytorch': looks.PALETTE[1]}
 _TITLES = {'ours': 'mtl_jax', 'pytorch': 'PyTorch'}
 _YARDSTICK = '#000000'
@@ -30,7 +30,7 @@ _RATIOS = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
 def against_tasks(section: dict[str, Any]) -> Figure:
-  """Flat over plain against T beside (5T + 1) / 3, a panel a model.
+  """Flat over plain against T, with (5T + 1) / 3, in a panel a model.
 
   Args:
     section: `sections['tasks']` of the JSON.
@@ -188,7 +188,7 @@ def _sizes(ax: Axes, rows: Sequence[dict], y: str, library: str) -> None:
 
 
 def _name_models(ax: Axes, rows: Sequence[dict], y: str) -> None:
-  """The names of the models that no line joins, above their highest marker."""
+  """Names above the highest markers of models that no line joins."""
   drawn = [row for row in rows if row['model'] != 'mlp' and y in row]
   for model in dict.fromkeys(row['model'] for row in drawn):
     highest = max(

@@ -1,7 +1,7 @@
-"""What is saved of a measurement: the yardstick, rows, agreement, merging.
+"""Records of a measurement: yardstick, rows, agreement and merging.
 
-With a forward pass as one unit and a backward pass as two, one plain update of
-all tasks is 3 units, one of an aggregator 1 + 2T (one forward pass, T backward
+A forward pass is one unit and a backward pass two. One plain update of all
+tasks is then 3 units, one by an aggregator 1 + 2T (one forward pass, T backward
 passes), and one flat update 5T + 1: 1 + 2T, then 3T at perturbed parameters.
 """
 
@@ -18,14 +18,14 @@ from benchmarks import timing
 
 
 def units(method: str, tasks: int) -> int:
-  """What an update costs at least, in forward passes."""
+  """The least cost of an update, in forward passes."""
   if method == 'plain':
     return 3
   return 5 * tasks + 1 if cases.is_flat(method) else 1 + 2 * tasks
 
 
 def yardstick(method: str, tasks: int) -> float:
-  """What an update costs at least, in plain updates of all tasks."""
+  """The least cost of an update, in plain updates of all tasks."""
   return units(method, tasks) / units('plain', tasks)
 
 
@@ -40,17 +40,18 @@ def rows(
 
   Args:
     case: the case.
-    variants: by label.
-    times: seconds a step of every turn, by label.
+    variants: the variants by label.
+    times: seconds a step in every turn, by label.
     sizes: `parameters` and `shared_bytes` of the model.
     forward_flops: operations of a compiled forward pass, the unit.
 
   Returns:
-    A row a variant. `ratio_to_plain` is to the plain step of the same library
-    and dtype, `ratio_to_peer` to the same method elsewhere, `ratio_to_usual` to
-    the same variant with the usual engine and dtype: each the median of turns,
-    each there where its reference is. `flops_over_yardstick` is null where a
-    loop over tasks may run, of which XLA counts one round.
+    A row for each variant. `ratio_to_plain` is relative to the plain step with
+    the same library and dtype, `ratio_to_peer` to the same method elsewhere,
+    and `ratio_to_usual` to the same variant with the usual engine and dtype.
+    Each is a median over turns and is present if its reference is.
+    `flops_over_yardstick` is null if a loop over tasks may run, of which XLA
+    counts one round.
   """
   found = []
   for label, variant in variants.items():
@@ -92,7 +93,7 @@ def rows(
 
 
 def _references(spec, variants):
-  """`{kind of ratio: label}`, of those that are there and not the variant."""
+  """`{kind of ratio: label}`, for existing references except the variant."""
   specs = {label: variant.spec for label, variant in variants.items()}
   peers = [
     label
@@ -116,17 +117,17 @@ def _references(spec, variants):
 def agreement(
   label: str, found: cases.First, reference_label: str, reference: cases.First
 ) -> dict[str, Any]:
-  """How far two variants of one method compute the same, in the first step.
+  """The agreement between two variants of a method in the first step.
 
   Args:
     label: name of the variant.
-    found: what it computed; the update by name, arrays of equal layout.
-    reference_label: name of the other.
-    reference: what that computed.
+    found: its results, with the update by name in arrays of equal layout.
+    reference_label: name of the other variant.
+    reference: results of the other variant.
 
   Returns:
     The largest relative difference of a loss; cosine and relative difference of
-    the gradients that Adam was given, all parameters as one vector.
+    the gradients for Adam, with all parameters as one vector.
   """
   names = sorted(reference.update)
   if set(names) != set(found.update):
@@ -153,7 +154,7 @@ def agreement(
 
 
 def merged(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-  """The saved result with the sections of a new one in the place of its own.
+  """The saved result with its sections replaced by a new result's.
 
   Args:
     saved: an earlier result, or an empty dictionary.
@@ -167,17 +168,17 @@ def merged(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save(path: pathlib.Path, new: Mapping[str, Any]) -> None:
-  """Merges a result into the file, which need not be there."""
+  """Merges a result into the file, which need not exist."""
   saved = json.loads(path.read_text()) if path.exists() else {}
   path.parent.mkdir(parents=True, exist_ok=True)
-  # Written beside it first: a run that is stopped leaves no half of a file.
+  # Written beside it first, so that a stopped run leaves no partial file.
   beside = path.with_suffix('.partial')
   beside.write_text(json.dumps(merged(saved, new), indent=1) + '\n')
   beside.replace(path)
 
 
 def markdown(found: Sequence[Mapping[str, Any]]) -> str:
-  """Rows as Markdown tables, one a case."""
+  """Rows as Markdown tables, with one table a case."""
   lines = []
   for case in dict.fromkeys(row['case'] for row in found):
     lines += [

@@ -1,4 +1,4 @@
-"""Which cases and variants each section of the joint update's benchmark has."""
+"""The cases and variants in each section of the joint update's benchmark."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from mtl_jax import models
 
 _TASKS = (1, 2, 3, 5, 10, 20, 40)
 _WIDE = (512, 512)
-# Two layers of these widths on 36x36 images: 10^5, 10^6, 10^7, 10^8 parameters.
+# Two layers with these widths on 36x36 images: 10^5, 10^6, 10^7, 10^8
+# parameters.
 _WIDTHS = (70, 540, 2580, 9370)
 
 
@@ -37,11 +38,11 @@ def all_sections() -> dict[str, list[Group]]:
 
   goals = (
     *ours('plain', 'linear', 'flat linear', 'flat cagrad'),
-    # Of a loop XLA counts one round: operations are those of this one.
+    # XLA counts one round of a loop, so operations come from this variant.
     Spec('ours', 'flat cagrad', 'unroll'),
     *torch('plain', 'flat linear', 'flat cagrad'),
   )
-  # Layers that it has something to save in are the MLP's.
+  # Only the MLP's layers give it something to save.
   ghost = Spec('ours', 'flat cagrad', 'ghost')
   peers = ('upgrad', 'mgda', 'pcgrad')
   torchjd = (*ours(*peers), *(Spec('torchjd', m) for m in peers))
@@ -111,15 +112,15 @@ def all_sections() -> dict[str, list[Group]]:
 
 
 def quick(sections: Mapping[str, Sequence[Group]]) -> dict[str, list[Group]]:
-  """The same sections at sizes that take seconds, to see that they work.
+  """The same sections at sizes that take seconds, to check that they work.
 
   Args:
     sections: those of `all_sections`.
 
   Returns:
-    Of each section one group of each set of variants, the MLP's, and the
-    ViT's; of the goals that of every model. Models and batches are small,
-    tasks at most three.
+    From each section one group for each set of variants, with the MLP, and the
+    ViT's group; from the goals every model's group. Models and batches are
+    small, with at most three tasks.
   """
   found = {}
   for name, groups in sections.items():

@@ -1,15 +1,15 @@
-"""Time of each Gram-based method's solver beside a ResNet-18 step.
+"""Time of each Gram-based method's solver, compared with a ResNet-18 step.
 
   python -m benchmarks.solver_cost --out=results/benchmarks/solver_cost.json
 
-What is timed of a method is its whole update of gradients with 64 coordinates,
-which is its map from the Gram matrix to weights at its default iterations and
-hardly more, for T = 2, 10 and 40 tasks; methods take turns. Beside it stands a
-plain step (`linear`, T pull-backs, Adam) of ResNet-18 on 36x36 images with as
-many tasks, and beside that the whole update of CAGrad on a stack of ResNet-18's
-gradients: Gram matrix, solver and weighted sum. A T without a step of its own
-(`--step_tasks`) is compared with that of the next smaller, which gives an upper
-bound. Nothing here is a test.
+For each method the whole update of gradients with 64 coordinates is timed, for
+T = 2, 10 and 40 tasks; methods take turns. This is little more than its map
+from the Gram matrix to weights at its default iterations. The comparison is a
+plain step (`linear`, T pull-backs, Adam) with ResNet-18 on 36x36 images and the
+same number of tasks. CAGrad's whole update on a stack of ResNet-18's gradients
+is also timed: Gram matrix, solver and weighted sum. A T without a measured step
+(`--step_tasks`) is compared with the step of the next smaller T, which gives an
+upper bound. Nothing here is a test.
 """
 
 import argparse
@@ -56,10 +56,9 @@ DIMENSIONS = 64
 
 
 def compiled_solver(name, size):
-  """A method's update for gradients of few coordinates, with its arguments.
+  """A method's update for gradients with few coordinates, and its arguments.
 
-  The Gram matrix of 64 coordinates costs microseconds; what is left is the
-  solver.
+  The Gram matrix of 64 coordinates costs microseconds; the rest is the solver.
   """
   tx = METHODS[name](num_tasks=size)
   rng = np.random.default_rng(size)
@@ -81,7 +80,7 @@ def compiled_solver(name, size):
 
 
 def many_tasks(problem, size):
-  """A problem of `size` tasks that share the labels of the problem's own."""
+  """A problem with `size` tasks that share the given problem's labels."""
   first = problem.tasks[0]
   names = [f'task_{i}' for i in range(size)]
   tasks = tuple(dataclasses.replace(first, name=name) for name in names)
@@ -89,7 +88,7 @@ def many_tasks(problem, size):
 
 
 def compiled_step(size, batch_size):
-  """A plain ResNet-18 step of `size` tasks, with its arguments."""
+  """A plain ResNet-18 step with `size` tasks, and its arguments."""
   base = problems.by_name('multi_mnist')
   problem = many_tasks(base, size)
   model = models.make_model(models.by_name('resnet18'), problem.tasks)
@@ -115,7 +114,7 @@ def compiled_step(size, batch_size):
 
 
 def compiled_aggregation(size):
-  """CAGrad's update of gradients of all of ResNet-18, with its arguments."""
+  """CAGrad's update for the gradients of ResNet-18, and its arguments."""
   image = jnp.zeros((1, *problems.by_name('multi_mnist').image_shape))
   shapes = jax.eval_shape(
     models.by_name('resnet18').init, jax.random.key(0), image
@@ -244,7 +243,7 @@ def main():
     int(k): v['step_ms_quartiles'][1] for k, v in result['steps'].items()
   }
   for size in SIZES:
-    # A step of more tasks takes longer.
+    # A step with more tasks takes longer.
     beside = max(tasks for tasks in steps if tasks <= size)
     for row in result['solvers'][str(size)].values():
       share = 100 * row['ms_quartiles'][1] / steps[beside]

@@ -1,8 +1,8 @@
-"""Fair timing: variants take turns in one process, and the machine is named.
+"""Fair timing of variants that take turns in one process on a named machine.
 
-What else the machine does falls on all variants of a turn alike, so a ratio is
-taken within a turn; the median is over turns. A turn of a variant is a burst of
-steps, as in a training loop, and is waited for.
+Other load on the machine affects all variants in a turn equally, so a ratio is
+taken within a turn; the median is over turns. A variant's turn is a burst of
+steps, as in a training loop, and blocks until they are done.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 
-# A burst lasts about this long: a fast step is not a clock's resolution, and
-# the first step after another variant's weighs little.
+# A burst lasts about this long. A fast step is then well above the clock's
+# resolution, and the first step after another variant's has little weight.
 _BURST_S = 0.05
 _MOST_STEPS = 20
-# Between bursts, so that threads of one library that still spin, waiting for
-# work, take no time from the next.
+# Pause between bursts, so that one library's threads that still spin, waiting
+# for work, take no time from the next variant.
 _PAUSE_S = 0.005
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'torchjd')
 
@@ -37,19 +37,19 @@ def take_turns(
   most: int = 30,
   budget_s: float = 20.0,
 ) -> dict[str, list[float]]:
-  """Seconds a step of each variant, [turns]; turn i of all is one moment.
+  """Seconds a step for each variant, [turns]; turn i is simultaneous for all.
 
   Args:
     variants: `{name: run}`; `run(n)` does n steps and blocks until they are
       done.
-    warm_up: bursts of one step before anything is counted; the fastest tells
-      how many steps a burst has.
-    least: number of turns at least.
-    most: number of turns at most.
-    budget_s: no further turn begins after so many seconds.
+    warm_up: number of single steps before the count; the fastest one determines
+      the number of steps in a burst.
+    least: least number of turns.
+    most: largest number of turns.
+    budget_s: seconds after which no further turn begins.
 
   Returns:
-    `{name: seconds a step of every turn}`.
+    `{name: seconds a step in every turn}`.
   """
   for run in variants.values():
     run(1)
@@ -70,7 +70,7 @@ def take_turns(
 
 
 def burst(seconds: float) -> int:
-  """Number of steps of so many seconds each that one turn has."""
+  """Number of steps in one turn, for steps with this many seconds each."""
   return int(np.clip(np.ceil(_BURST_S / seconds), 1, _MOST_STEPS))
 
 
@@ -91,24 +91,24 @@ def summary(times: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-  """Median over turns of the time beside the reference's in the same turn."""
+  """Median over turns of the time relative to the reference's in that turn."""
   quotients = np.asarray(times) / np.asarray(reference)
   return significant(np.median(quotients))
 
 
 def significant(value: float, digits: int = 4) -> float:
-  """The value with so many significant digits."""
+  """The value with this many significant digits."""
   return float(f'{value:.{digits}g}')
 
 
 def machine() -> dict[str, Any]:
-  """What the numbers were measured on."""
+  """The machine and the versions of the measurement."""
   installed = {}
   for name in _PACKAGES:
     try:
       installed[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      continue  # A peer that is not there has no version.
+      continue  # A missing peer has no version.
   device = jax.devices()[0]
   return {
     'cpu': _cpu_model(pathlib.Path('/proc/cpuinfo')),
@@ -124,16 +124,16 @@ def machine() -> dict[str, Any]:
 
 
 def cores() -> int:
-  """How many cores this process may use."""
+  """The number of cores that this process may use."""
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
 def _cpu_model(path: pathlib.Path) -> str:
-  """The model named in Linux's cpuinfo, or what Python knows elsewhere.
+  """The CPU model from Linux's cpuinfo, or from Python on other systems.
 
-  Some clouds hide the name; family and model number still tell the processor.
+  Some clouds hide the name; family and model number still identify it.
   """
   if not path.exists():
     return platform.processor()

@@ -1,7 +1,8 @@
-"""The models of the benchmarks in PyTorch, with our names and parameters.
+"""The benchmarks' models in PyTorch, with the project's names and parameters.
 
-Modules are named as ours are, so that parameters map by path; the functions are
-the same (the benchmark compares losses and gradients before it times anything).
+Modules have the same names as in `mtl_jax`, so that parameters map by path. The
+functions are the same: the benchmark compares losses and gradients before the
+timing.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from benchmarks import cases
 
 
 class MultiTask(nn.Module):
-  """A trunk and a linear head a task: images [B, C, H, W] to features [B, F].
+  """A trunk from images [B, C, H, W] to features [B, F], and a head a task.
 
   Attributes:
     shared: the trunk.
@@ -32,11 +33,11 @@ class MultiTask(nn.Module):
 
 
 def make(case: cases.Case, params: Any, device: str) -> MultiTask:
-  """The case's model with our parameters.
+  """The case's model with given parameters.
 
   Args:
     case: the case.
-    params: our parameters, NumPy arrays.
+    params: the project's parameters, NumPy arrays.
     device: `'cpu'` or `'cuda'`.
 
   Returns:
@@ -52,7 +53,7 @@ def make(case: cases.Case, params: Any, device: str) -> MultiTask:
 
 
 def has_model(name: str) -> bool:
-  """Whether the model of that name is written here."""
+  """Whether this module has the model with that name."""
   return name in _TRUNKS
 
 
@@ -67,7 +68,7 @@ class _LeNet(nn.Module):
   def forward(self, x):
     for conv in (self.conv_1, self.conv_2):
       x = functional.max_pool2d(functional.relu(conv(x)), 2)
-    # Our order of features. The copy of 20 x 5 x 5 numbers costs nothing.
+    # The project's order of features. The copy of 20 x 5 x 5 numbers is free.
     x = x.permute(0, 2, 3, 1).flatten(1)
     return functional.relu(self.dense(x))
 

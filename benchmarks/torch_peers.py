@@ -1,9 +1,9 @@
-"""The peers in PyTorch: the paper's algorithm from its equations, and TorchJD.
+"""PyTorch peers: the paper's algorithm from its equations, and TorchJD.
 
-Eager mode, float32, all cores, as an ordinary user would write them: T backward
-passes through one retained graph; then, task by task, perturb, run the model
-again, differentiate the task's own loss, restore; gradients flattened into a
-matrix [T, P]; Adam.
+They use eager mode, float32 and all cores, as an ordinary user would write
+them. T backward passes go through one retained graph. Then for each task the
+step perturbs, runs the model again, differentiates the task's own loss and
+restores. Gradients are flattened into a matrix [T, P], and Adam follows.
 
 References:
   Phan et al., `Improving Multi-task Learning via Seeking Task-based Flat
@@ -37,18 +37,18 @@ _TORCHJD = {
 def variant(
   case: cases.Case, spec: cases.Spec, params: types.Params, device: str
 ) -> cases.Variant:
-  """A PyTorch train step of the case.
+  """A PyTorch train step for the case.
 
   Args:
     case: the case.
     spec: with library `'pytorch'` or `'torchjd'`.
-    params: the initial parameters, ours, NumPy arrays.
+    params: the project's initial parameters, NumPy arrays.
     device: `'cpu'` or `'cuda'`.
 
   Returns:
     The variant.
   """
-  # Full float32, as JAX's precision 'highest'.
+  # Full float32, like JAX's precision 'highest'.
   torch.backends.cudnn.allow_tf32 = False
   torch.backends.cuda.matmul.allow_tf32 = False
   model, image, labels = _prepared(case, params, device, torch.float32)
@@ -73,7 +73,7 @@ def variant(
 def in_float64(
   case: cases.Case, spec: cases.Spec, params: types.Params
 ) -> cases.First:
-  """What the first step of a variant computes in float64, on the CPU."""
+  """Results of a variant's first step in float64, on the CPU."""
   model, image, labels = _prepared(case, params, 'cpu', torch.float64)
   return _first(_filler(spec)(model, image, labels), model)
 
@@ -179,7 +179,7 @@ def _flattened(grads: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _statistics_at_rest(model: nn.Module) -> Iterator[None]:
-  """The running statistics of BatchNorm move in the first pass only."""
+  """Keeps BatchNorm's running statistics, which only the first pass moves."""
   norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
   usual = [norm.momentum for norm in norms]
   for norm in norms:
@@ -196,14 +196,14 @@ def _mean(stack: torch.Tensor) -> torch.Tensor:
 
 
 def _cagrad(stack: torch.Tensor) -> torch.Tensor:
-  """CAGrad of a matrix [T, P]; its dual problem is solved on the host."""
+  """CAGrad for a matrix [T, P]; its dual problem is solved on the host."""
   gram = (stack @ stack.T).double().cpu().numpy()
   weights = torch.as_tensor(cagrad_weights(gram, cases.C))
   return weights.to(stack) @ stack
 
 
 def cagrad_weights(gram: np.ndarray, c: float) -> np.ndarray:
-  """The weights [T] of CAGrad for a Gram matrix [T, T], by SLSQP."""
+  """CAGrad's weights [T] for a Gram matrix [T, T], by SLSQP."""
   size = len(gram)
   mean = np.full(size, 1 / size)
   gram = gram / max(np.trace(gram), np.finfo(float).tiny)

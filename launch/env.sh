@@ -1,11 +1,11 @@
-# Sourced by the other scripts: a virtual environment with this project in it.
+# A virtual environment with this project in it, sourced by the other scripts.
 #
 #   . launch/env.sh
 #   make_env train,dev      # extras of setup.cfg; sets VENV_PYTHON
 #
 # PYTHON chooses the interpreter (3.11 or newer). The environment is .venv; a
-# PYTHON of another version than the one in .venv gets .venv-<version> beside
-# it. uv is used where it is already installed, pip otherwise.
+# PYTHON with another version than the one in .venv gets .venv-<version> beside
+# it. uv is used if it is already installed, pip otherwise.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -24,12 +24,12 @@ make_env() {
 
   venv=$root/.venv
   if [ -x "$venv/bin/python" ] && [ "$(_version "$venv/bin/python")" != "$version" ]; then
-    # A broken environment (an interpreter that is gone) is made anew.
+    # A broken environment (without its interpreter) is made again.
     if [ -n "$(_version "$venv/bin/python")" ]; then venv=$root/.venv-$version; fi
   fi
   VENV_PYTHON=$venv/bin/python
 
-  # What the environment was made from; nothing is installed when it is the same.
+  # The source of the environment; if it is unchanged, nothing is installed.
   stamp=$venv/.made_from
   wanted="$(cat "$root/setup.cfg" "$root/launch/tested_versions.txt" | cksum) $root"
   if [ "$(_version "$VENV_PYTHON")" = "$version" ] && [ -f "$stamp" ] \

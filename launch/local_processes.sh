@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Many processes on this one host, as on a pod: to try what a pod would do.
+# Many processes on this host, to try the behaviour of a pod.
 #
 #   PROCESSES=2 bash launch/local_processes.sh \
 #     --config=configs/multi_digits.py:method=f_cagrad,runlocal --workdir=/tmp/run
@@ -17,15 +17,15 @@ export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-2}"
 
 children=()
-# Each child gets one signal: it saves at the first and dies of the second.
+# Each child gets one signal: it saves at the first and ends at the second.
 stop() {
   trap - EXIT
   kill "${children[@]}" 2>/dev/null || true
 }
 trap stop EXIT
 trap 'stop; wait; exit 75' TERM
-# Ctrl-C reaches the children too. One that is only starting ignores it: a second
-# Ctrl-C ends them all.
+# Ctrl-C also reaches the children. A child that is still starting ignores it; a
+# second Ctrl-C ends them all.
 trap 'trap - EXIT; trap "stop; wait; exit 75" INT; wait; exit 75' INT
 for ((i = 0; i < processes; i++)); do
   "$VENV_PYTHON" -m mtl_jax.main --coordinator_address="127.0.0.1:$port" \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains single-task networks, equal weights, CAGrad and flat-minima CAGrad on
 # Multi-Digits (real scans, no download), three seeds each, and shows the table.
-# Run again, it skips what is finished. PYTHON chooses the interpreter.
+# A second call skips finished runs. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/env.sh

@@ -13,9 +13,9 @@
 #     --config=configs/multi_mnist.py:method=f_cagrad --workdir=/scratch/run
 #
 # Run it from the repository; the arguments go to mtl_jax.main. Two minutes
-# before the limit Slurm sends SIGTERM: the run saves and leaves, and the same
-# command goes on from there. With --compilation_cache_dir=/scratch/xla it does
-# not compile again.
+# before the limit Slurm sends SIGTERM: the run saves and ends, and the same
+# command continues from there. With --compilation_cache_dir=/scratch/xla it
+# does not compile again.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the repository}"
 . launch/env.sh
