@@ -127,6 +127,9 @@ class TaskLosses:
   @property
   def counts(self) -> jax.Array:
     """`label_counts`; raises before `on`."""
+    return self._bound()
+
+  def _bound(self):
     if self.label_counts is None:
       raise ValueError('these losses have no batch yet: call on(batch) first')
     return self.label_counts
@@ -143,6 +146,7 @@ class TaskLosses:
       number: the number of batches. A remainder of rows is dropped. 1 gives the
         batch itself.
     """
+    self._bound()
     if number == 1:
       return (self,)
     return tuple(
@@ -152,6 +156,7 @@ class TaskLosses:
 
   def values(self, params: types.Params) -> jax.Array:
     """Losses [T] from a forward pass; their derivatives skip absent tasks."""
+    self._bound()
     active = self.active if slices.masks(self.batch, self.task_names) else None
     if self.micro_batches == 1:
       losses = _weighted.values(
@@ -323,6 +328,7 @@ class TaskLosses:
     Raises:
       ValueError: naming both sides.
     """
+    self._bound()
     refused = []
     if not micro_batches and self.micro_batches > 1:
       refused.append(f'micro_batches={self.micro_batches}')
