@@ -76,7 +76,7 @@ def auto_lambda(
 
   Args:
     primary: indices of the tasks whose validation losses count; None for all.
-      initial: every lambda at first.
+    initial: every lambda at first.
     optimizer: for the lambdas; `optax.adam(1e-4)` if None.
 
   Returns:

@@ -44,8 +44,8 @@ class _Problem(NamedTuple):
   """The constants of the search.
 
   Attributes:
-    a: [T], shortest length over each length; 0 for an excluded task. matrix: [T
-      + 1, T + 1], cosines of the task gradients and of their mean.
+    a: [T], shortest length over each length; 0 for an excluded task.
+    matrix: [T + 1, T + 1], cosines of the task gradients and of their mean.
     rows: [T + 1, T + 1], coordinates with those cosines. They give the length
       of a sum that nearly cancels to four digits; inner products give none.
     along: cosine of half the opening angle.
