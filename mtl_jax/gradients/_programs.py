@@ -72,14 +72,12 @@ class Program:
       of losses or in an array that was stacked from them.
   """
 
-  def __init__(
-    self, fn: Callable[..., Any], names: tuple[str, ...], *args: Any
-  ):
+  def __init__(self, fn: Callable[..., Any], number: int, *args: Any):
     """Traces the function.
 
     Args:
-      fn: `(*args) -> (losses, aux)`; losses are `{task: scalar}` or [T].
-      names: the tasks.
+      fn: `(*args) -> (losses, aux)`; losses are a list of T scalars or [T].
+      number: T.
       *args: trees of arrays.
     """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
@@ -96,21 +94,19 @@ class Program:
     self._made_by = {
       x: k for k, e in enumerate(closed.jaxpr.eqns) for x in e.outvars
     }
-    losses = self._by_task(closed.jaxpr.outvars[:size], shapes[0], names)
+    losses = self._by_task(closed.jaxpr.outvars[:size], number)
     self.separable = losses is not None
-    self._losses = losses or closed.jaxpr.outvars[:1] * len(names)
+    self._losses = losses or closed.jaxpr.outvars[:1] * number
 
-  def _by_task(self, losses, shapes, names):
+  def _by_task(self, losses, number):
     """The variable of each task's loss; None if they have no separate ones."""
-    if isinstance(shapes, Mapping):
-      # JAX flattens dictionaries by sorted keys.
-      place = {task: k for k, task in enumerate(sorted(shapes))}
-      return [losses[place[task]] for task in names]
+    if isinstance(self.losses, list):
+      return losses
     k = None if _fixed(losses[0]) else self._made_by.get(losses[0])
     if k is None or self._jaxpr.eqns[k].primitive.name not in _STACKS:
       return None
     rows = self._jaxpr.eqns[k].invars
-    whole = len(rows) == len(names) and all(x.aval.size == 1 for x in rows)
+    whole = len(rows) == number and all(x.aval.size == 1 for x in rows)
     return list(rows) if whole else None
 
   def loss(self, i: int) -> Loss:
@@ -218,7 +214,10 @@ class Program:
           continue
         used = weights[i] != 0
         weight = jnp.where(used, weights[i], 0).astype(loss.aval.dtype)
-        weight = weight.reshape(loss.aval.shape)
+        if self.separable:
+          weight = weight.reshape(loss.aval.shape)
+        else:
+          weight = jnp.zeros_like(known[loss]).at[i].set(weight)
         if loss in own[i].results:
           add((x, jnp.where(used, c, 0)) for x, c in of_own[i]([weight]))
         else:  # Other losses need it too.
@@ -315,30 +314,30 @@ def _part(
   return Part(inputs, results, jaxpr_as_fun(closed))
 
 
-def _shared_call(jaxpr: Any, size: int) -> Any:
-  """A call of a compiled function that computes several losses, if any.
+def _shared_call(jaxpr: Any, size: int) -> int | None:
+  """Where a compiled function that computes several losses is called, if any.
 
   Args:
     jaxpr: the equations.
     size: the number of first results that are losses, or one array of them.
   """
-  losses = jaxpr.outvars[:size]
-  for equation in jaxpr.eqns:
+  losses = {x for x in jaxpr.outvars[:size] if not _fixed(x)}
+  for place, equation in enumerate(jaxpr.eqns):
     if equation.primitive.name in _CALLS:
-      made = [x for x in losses if x in equation.outvars]
-      if len(made) > 1 or (made and made[0].aval.size > 1):
-        return equation
+      made = losses.intersection(equation.outvars)
+      if len(made) > 1 or any(x.aval.size > 1 for x in made):
+        return place
   return None
 
 
 def _with_call_opened(
-  closed: ClosedJaxpr, call: Any, *leaves: Any
+  closed: ClosedJaxpr, place: int, *leaves: Any
 ) -> list[Any]:
   """Evaluates a program with the equations of a call in its place."""
   jaxpr = closed.jaxpr
   known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   known.update(zip(jaxpr.invars, leaves, strict=True))
-  place = jaxpr.eqns.index(call)
+  call = jaxpr.eqns[place]
   read = lambda x: x.val if _fixed(x) else known[x]
 
   def run(equations):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.gradients import engines
 from mtl_jax.gradients import slices
 from mtl_jax.transforms.contract import aggregation
 
@@ -76,10 +77,9 @@ class Replicas(NamedTuple):
     def share_fn(params, batch, *args):
       means, aux = loss_fn(params, batch, *args)
       factors = slices.label_counts(batch, names) * per_label
-      if isinstance(means, dict):
-        means = {task: factors[i] * means[task] for i, task in enumerate(names)}
-      else:
-        means = factors * means
-      return means, aux
+      means = engines.in_order(means, names)
+      if isinstance(means, list):
+        return [factors[i] * mean for i, mean in enumerate(means)], aux
+      return factors * means, aux
 
     return share_fn

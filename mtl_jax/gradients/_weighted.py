@@ -24,9 +24,7 @@ def weighted(
   *args: Any,
 ) -> tuple[tuple[jax.Array, Any, Any], types.Params]:
   """Losses [T], aux, the result of `weigh`, and the gradient."""
-  program = _programs.Program(
-    lambda params: loss_fn(params, *args), names, params
-  )
+  program = _program(loss_fn, names, params, *args)
   leaves, structure = jax.tree.flatten(params)
   found = program.pull_back(leaves)
   losses, aux = found.value
@@ -48,9 +46,7 @@ def values(
   if active is None:
     losses, _ = loss_fn(params, *args)
   else:
-    program = _programs.Program(
-      lambda params: loss_fn(params, *args), names, params
-    )
+    program = _program(loss_fn, names, params, *args)
     losses, _ = program.values(jax.tree.leaves(params), active)
   return jnp.stack(engines.as_scalars(losses, names))
 
@@ -114,3 +110,11 @@ def sliced_weighted(
   (losses, grads), aux = jax.lax.scan(step, start, (pieces, shares))
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
   return (losses, aux, weighed), grads
+
+
+def _program(loss_fn, names, params, *args):
+  def run(params):
+    losses, aux = loss_fn(params, *args)
+    return engines.in_order(losses, names), aux
+
+  return _programs.Program(run, len(names), params)

@@ -32,14 +32,12 @@ class Linear(NamedTuple):
     losses: [T].
     aux: the second result of the function.
     task: `i -> (shared leaves, leaves of head i)`, the gradient of loss i.
-    together: `() -> shared leaves [T, ...]`, all tasks in one batched pass.
     weighted: `weights [T] -> shared leaves`, the gradient of a weighted sum.
   """
 
   losses: jax.Array
   aux: Any
   task: Callable[[int], Own]
-  together: Callable[[], list[Any]]
   weighted: Callable[[jax.Array], list[Any]]
 
 
@@ -90,12 +88,9 @@ def linearized(
   """
   names = partition.task_names
 
-  def checked(shared, heads):
-    out, aux = f(shared, heads)
-    as_scalars(out, names)
-    return out, aux
-
-  out, pull, aux = jax.linearize(checked, shared, heads, has_aux=True)
+  out, pull, aux = jax.linearize(
+    lambda *args: _ordered(f(*args), names), shared, heads, has_aux=True
+  )
   losses = jnp.stack(as_scalars(out, names))
   own = _Owned(lambda *dots: (pull(*dots), ()), f, partition, shared, heads)
 
@@ -107,21 +102,15 @@ def linearized(
     # All tangents are arguments. XLA would compute with constants in their
     # place, even with zeros, and custom gradients refuse them.
     transposed = jax.linear_transpose(loss.run, *leaves)
-    one = jnp.ones_like(out[names[i]] if isinstance(out, Mapping) else out[i])
-    found = dict(zip(loss.places, transposed(one), strict=True))
-    return own.gradient(i, found)
-
-  stacked = lambda *dots: jnp.stack(as_scalars(pull(*dots), names))
-
-  def together():
-    transposed = jax.linear_transpose(stacked, shared, heads)
-    return jax.vmap(transposed)(jnp.diag(jnp.ones_like(losses)))[0]
+    cotangents = transposed(jnp.ones_like(out[i]))
+    return own.gradient(i, dict(zip(loss.places, cotangents, strict=True)))
 
   def weighted(weights):
+    stacked = lambda *dots: jnp.stack(as_scalars(pull(*dots), names))
     transposed = jax.linear_transpose(stacked, shared, heads)
     return transposed(weights.astype(losses.dtype))[0]
 
-  return Linear(losses, aux, task, together, weighted)
+  return Linear(losses, aux, task, weighted)
 
 
 def pull_backs(
@@ -139,7 +128,8 @@ def pull_backs(
     return loss_fn(partition.join(shared, heads, frozen), *args)
 
   def elsewhere(i, of_shared, of_head):
-    return _evaluation(f, partition, of_shared, heads)(i, of_shared, of_head)[1]
+    traced = _Owned(f, f, partition, of_shared, heads)
+    return _evaluation(traced)(i, of_shared, of_head)[1]
 
   return PullBacks(
     linearized(f, partition, shared, heads),
@@ -158,17 +148,16 @@ def at(
   *args: Any,
 ) -> tuple[tuple[jax.Array, Any], types.TaskGrads]:
   """Losses [T], aux and task gradients of all tasks at the same parameters."""
+  engine = platform_engine(engine)
+  if engine == 'vmap':
+    return _at_batched(loss_fn, names, param_labels, params, *args)
   found = pull_backs(loss_fn, names, param_labels, params, *args)
   shared, heads, frozen = found.params
   linear, size = found.linear, len(names)
-  engine = platform_engine(engine)
   if engine == 'unroll':
     grads = [linear.task(i) for i in range(size)]
     stack = [jnp.stack(x) for x in zip(*(g[0] for g in grads), strict=True)]
     own_heads = {task: g[1] for task, g in zip(names, grads, strict=True)}
-  elif engine == 'vmap':
-    stack = linear.together()
-    own_heads = {task: linear.task(i)[1] for i, task in enumerate(names)}
   else:
     _, stack, own_heads = _scan_tasks(
       lambda i, _: (linear.losses[i], *linear.task(i)),
@@ -179,6 +168,29 @@ def at(
     )
   zeros = jax.tree.map(jnp.zeros_like, frozen)
   return (linear.losses, linear.aux), found.join(stack, own_heads, zeros)
+
+
+def _at_batched(loss_fn, names, param_labels, params, *args):
+  """`at` with pull-backs that are batched over tasks."""
+  partition = labels.Partition(param_labels, params, names)
+  shared, heads, frozen = partition.split(params)
+
+  def f(shared, heads):
+    return loss_fn(partition.join(shared, heads, frozen), *args)
+
+  traced = _Owned(f, f, partition, shared, heads)
+  traced.check_all()
+  found = traced.program.pull_back(traced.leaves)
+  out, aux = found.value
+  losses = jnp.stack(as_scalars(out, names))
+  rows = jax.vmap(found.pull)(jnp.diag(jnp.ones_like(losses)))
+  own_heads = {
+    task: [x[i] for x in traced.head_of(task, rows)]
+    for i, task in enumerate(names)
+  }
+  zeros = jax.tree.map(jnp.zeros_like, frozen)
+  grads = partition.join(rows[: len(shared)], own_heads, zeros)
+  return (losses, aux), grads
 
 
 def at_each(
@@ -197,26 +209,27 @@ def at_each(
 
   def f(shared, heads):
     out, _ = loss_fn(partition.join(shared, heads, frozen), *args)
-    as_scalars(out, names)
     return out, ()
 
+  traced = _Owned(f, f, partition, [x[0] for x in stack], heads)
   if engine == 'vmap':
-    traced = _Owned(f, f, partition, [x[0] for x in stack], heads)
-    for i in range(size):
-      traced.loss(i)  # Raises for another task's head.
+    traced.check_all()
 
     def total(stack, heads):
+      def own_loss(i, shared):
+        # The other losses pass nothing on, whatever their derivatives are.
+        only = jnp.arange(size) == i
+        out, _ = traced.program.values(jax.tree.leaves((shared, heads)), only)
+        return jnp.stack(as_scalars(out, names))[i]
+
       # The index keeps the map alive if nothing is shared.
-      each = jax.vmap(
-        lambda i, shared: jnp.stack(as_scalars(f(shared, heads)[0], names))[i]
-      )
-      own = each(jnp.arange(size), stack)
+      own = jax.vmap(own_loss)(jnp.arange(size), stack)
       return jnp.sum(own), own
 
     grads, losses = jax.grad(total, argnums=(0, 1), has_aux=True)(stack, heads)
     shared_grads, own_heads = grads
   else:
-    evaluate = _evaluation(f, partition, [x[0] for x in stack], heads)
+    evaluate = _evaluation(traced)
 
     def of_task(i, shared):
       loss, (shared_grad, head_grad) = evaluate(i, shared, heads[names[i]])
@@ -240,10 +253,9 @@ def at_each(
   return losses, partition.join(shared_grads, own_heads, zeros)
 
 
-def _evaluation(f, partition, shared, heads):
+def _evaluation(traced):
   """`(i, shared, head) -> (loss i, its gradient)`, from one trace for all i."""
-  traced = _Owned(f, f, partition, shared, heads)
-  dtype = jnp.result_type(*jax.tree.leaves(traced.losses))
+  dtype = jnp.result_type(*jax.tree.leaves(traced.program.losses))
 
   def evaluate(i, shared, head):
     loss = traced.loss(i)
@@ -269,15 +281,17 @@ class _Owned:
 
   Attributes:
     leaves: the flattened arguments.
-    losses: shapes and dtypes of the losses, as the program returns them.
+    program: the program.
   """
 
   def __init__(self, fn, losses_fn, partition, shared, heads):
     self._losses_fn, self._partition = losses_fn, partition
     self._shared, self._heads = shared, heads
     self.leaves = jax.tree.leaves((shared, heads))
-    self._program = _programs.Program(fn, partition.task_names, shared, heads)
-    self.losses = self._program.losses
+    names = partition.task_names
+    self.program = _programs.Program(
+      lambda *trees: _ordered(fn(*trees), names), len(names), shared, heads
+    )
     # JAX flattens dictionaries by sorted keys.
     self._owners: list[str | None] = [None] * len(shared)
     self._start = {}
@@ -285,16 +299,26 @@ class _Owned:
       self._start[task] = len(self._owners)
       self._owners += [task] * len(heads[task])
 
+  def check_all(self):
+    """Raises if any task has a derivative in another task's head."""
+    for i in range(len(self._partition.task_names)):
+      self.loss(i)
+
+  def head_of(self, task, leaves):
+    """Those of the flattened arguments, or of their gradients, for a head."""
+    start = self._start[task]
+    return leaves[start : start + len(self._heads[task])]
+
   def loss(self, i):
     """Loss i; raises if it has a derivative in another task's head."""
     names = self._partition.task_names
-    loss = self._program.loss(i)
+    loss = self.program.loss(i)
     foreign = {
       self._owners[k]
       for k in loss.places
       if self._owners[k] not in (None, names[i])
     }
-    if foreign and self._program.separable:
+    if foreign and self.program.separable:
       paths = self._partition.split(
         self._partition.tree([x or 'the root' for x in self._partition.paths])
       )[1]
@@ -331,12 +355,29 @@ class _Owned:
 
 def as_scalars(losses: Any, names: tuple[str, ...]) -> tuple[jax.Array, ...]:
   """The losses from a loss function, in the order of the tasks."""
+  scalars = tuple(in_order(losses, names))
+  dtype = jnp.result_type(*scalars)
+  return tuple(loss.astype(dtype) for loss in scalars)
+
+
+def in_order(losses: Any, names: tuple[str, ...]) -> Any:
+  """The losses from a loss function as a list of T scalars, or as they are [T].
+
+  Args:
+    losses: a mapping {task: scalar} in any order, a list of scalars, or [T].
+    names: the tasks.
+
+  Raises:
+    ValueError: for other tasks, and for losses that are no scalars.
+  """
   if isinstance(losses, Mapping):
     if set(losses) != set(names):
       raise ValueError(
         f'loss_fn must return a loss for each of {names}, got {tuple(losses)}'
       )
-    scalars = tuple(jnp.asarray(losses[task]) for task in names)
+    scalars = [jnp.asarray(losses[task]) for task in names]
+  elif isinstance(losses, list) and len(losses) == len(names):
+    scalars = list(map(jnp.asarray, losses))
   else:
     losses = jnp.asarray(losses)
     if losses.shape != (len(names),):
@@ -344,14 +385,19 @@ def as_scalars(losses: Any, names: tuple[str, ...]) -> tuple[jax.Array, ...]:
         f'loss_fn must return losses of shape ({len(names)},) or a dictionary '
         f'of scalars, got shape {losses.shape}'
       )
-    scalars = tuple(losses)
+    return losses
   for task, loss in zip(names, scalars, strict=True):
     if loss.shape:
       raise ValueError(
         f'the loss of task {task!r} must be a scalar, got shape {loss.shape}'
       )
-  dtype = jnp.result_type(*scalars)
-  return tuple(loss.astype(dtype) for loss in scalars)
+  return scalars
+
+
+def _ordered(found, names):
+  """What a loss function returns, with its losses `in_order`."""
+  losses, aux = found
+  return in_order(losses, names), aux
 
 
 def _scan_tasks(
