@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import quick_compile
 
+from mtl_jax.transforms.contract import lifting
+
 NAN, INF = float('nan'), float('inf')
 
 
@@ -107,3 +109,28 @@ def test_outcomes_of_random_method_come_as_often_as_they_should(method, active):
   seen = (distances < 1e-4).mean(axis=0)
   # Five standard deviations of a share near 1/8 among 2000.
   np.testing.assert_allclose(seen, expected, atol=0.04)
+
+
+def test_a_rule_is_kept_from_absent_tasks_whatever_it_does():
+  def combine(given):
+    return lifting.Combined(
+      updates=jnp.ones(given.task_grads.shape[1:]),
+      memory=given.memory + given.losses,
+    )
+
+  tx = lifting.lift(
+    combine,
+    memory=lambda size, params, dtype: jnp.zeros(size, dtype),
+    num_tasks=2,
+  )
+  state = tx.init(jnp.zeros(3))
+  J, losses = jnp.ones((2, 3)), jnp.array([3.0, NAN])
+  updates, new = tx.update(
+    J, state, losses=losses, active=jnp.array([True, False])
+  )
+  np.testing.assert_array_equal(updates, 1)
+  np.testing.assert_array_equal(new.memory, [3, 1])
+  # Of no task at all there is nothing to move by and nothing to learn.
+  updates, new = tx.update(J, state, losses=losses, active=jnp.zeros(2, bool))
+  np.testing.assert_array_equal(updates, 0)
+  np.testing.assert_array_equal(new.memory, 0)

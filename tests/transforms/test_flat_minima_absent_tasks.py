@@ -10,6 +10,7 @@ import optax
 from optax.experimental import aggregating
 import pytest
 import quadratics
+import quick_compile
 
 import mtl_jax
 
@@ -111,6 +112,27 @@ def test_absent_tasks_count_in_no_ball_no_combination_and_no_head(combine):
         x[[*PRESENT]], moved[[*PRESENT]], rtol=1e-5, err_msg=name
       )
     assert_nothing_moves(found[way]['none active'], way)
+
+
+def test_the_flat_gradient_of_an_absent_task_is_zero():
+  tx = mtl_jax.flat_minima(quadratics.recording(), quadratics.NAMES)
+  keep = jnp.array([True, False, True])
+  broken = lambda grads: quadratics.filled(grads, keep, jnp.nan)
+
+  @quick_compile.jit
+  def step(state):
+    return tx.update(
+      broken(PROBLEM.task_grads),
+      state,
+      PROBLEM.params,
+      grad_fn=lambda own: broken(PROBLEM.grad_fn(own)),
+      losses=quadratics.losses(),
+      active=keep,
+    )[1]
+
+  for leaf in jax.tree.leaves(step(tx.init(PROBLEM.params)).flat.stack):
+    np.testing.assert_array_equal(leaf[ABSENT], 0)
+    assert np.all(np.isfinite(leaf))
 
 
 def test_active_is_read_as_truth_values_whatever_its_dtype():
