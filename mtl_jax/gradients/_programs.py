@@ -115,6 +115,8 @@ class Program:
     inputs = self._jaxpr.invars
     if _fixed(result):
       return Loss([], lambda: jnp.asarray(result.val).reshape(()))
+    if result in self._constants:
+      return Loss([], lambda: self._constants[result].reshape(()))
     if result not in self._made_by:
       return Loss([inputs.index(result)], lambda x: x.reshape(()))
     part = _part(self._jaxpr, self._constants, self._needed(result), {result})

@@ -355,13 +355,11 @@ class _Owned:
 
 def as_scalars(losses: Any, names: tuple[str, ...]) -> tuple[jax.Array, ...]:
   """The losses from a loss function, in the order of the tasks."""
-  scalars = tuple(in_order(losses, names))
-  dtype = jnp.result_type(*scalars)
-  return tuple(loss.astype(dtype) for loss in scalars)
+  return tuple(in_order(losses, names))
 
 
 def in_order(losses: Any, names: tuple[str, ...]) -> Any:
-  """The losses from a loss function as a list of T scalars, or as they are [T].
+  """The losses from a loss function as T scalars of one dtype, or as array [T].
 
   Args:
     losses: a mapping {task: scalar} in any order, a list of scalars, or [T].
@@ -391,7 +389,8 @@ def in_order(losses: Any, names: tuple[str, ...]) -> Any:
       raise ValueError(
         f'the loss of task {task!r} must be a scalar, got shape {loss.shape}'
       )
-  return scalars
+  dtype = jnp.result_type(*scalars)
+  return [loss.astype(dtype) for loss in scalars]
 
 
 def _ordered(found, names):
