@@ -193,12 +193,12 @@ class _Program:
     named = re.search(r'replica_groups=mesh\[(.*?)\].*?\{(.*?)\}', x.rest)
     if named:
       sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-      # A part of an axis is written 'name':(what lies before it)size.
+      # A part of an axis is written 'name':(size of the parts before it)size.
       axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
       return math.prod(int(part or sizes[name]) for name, part in axes)
     if 'replica_groups={}' in x.rest:
       return self._devices
-    raise ValueError(f'the devices of {x.name} cannot be told: {x.rest}')
+    raise ValueError(f'the devices of {x.name} are unknown: {x.rest}')
 
   def _sliced(self, computation, x, sizes, devices):
     """Bytes of an all-reduce of which every device keeps only its share."""

@@ -183,7 +183,7 @@ def run_section(
         f'{record["relative_difference"]}, cosine {record["cosine"]}'
       )
     if left_out:
-      print(f'left out, not installed or not written: {", ".join(left_out)}')
+      print(f'skipped, not installed or not written: {", ".join(left_out)}')
     print(flush=True)
     gc.collect()  # Frees a case before the next one is made.
   stats = jax.devices()[0].memory_stats() or {}

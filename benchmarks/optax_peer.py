@@ -22,7 +22,7 @@ def variant(
 ) -> cases.Variant:
   """A train step with SAM for one task and a model without BatchNorm.
 
-  Its numbers are those of `flat_minima` around `linear` with `norm='joint'`.
+  Its result equals `flat_minima` around `linear` with `norm='joint'`.
 
   Args:
     case: the case, with one task.

@@ -115,7 +115,7 @@ def quick(sections: Mapping[str, Sequence[Group]]) -> dict[str, list[Group]]:
   """The same sections at sizes that take seconds, to check that they work.
 
   Args:
-    sections: those of `all_sections`.
+    sections: the result of `all_sections`.
 
   Returns:
     From each section one group for each set of variants, with the MLP, and the

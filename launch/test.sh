@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the environment and runs the tests; further arguments go to pytest:
-#   bash launch/test.sh                           # what .ci/run runs
+#   bash launch/test.sh                           # as in .ci/run
 #   bash launch/test.sh --all                     # the slow ones too
 #   bash launch/test.sh tests/transforms -k cagrad
 # PYTHON chooses the interpreter.

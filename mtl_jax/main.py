@@ -37,13 +37,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, "The run's own folder.")
 _OVERWRITE_CONFIG = flags.DEFINE_bool(
-  'overwrite_config', False, 'Go on in a workdir that is of another config.'
+  'overwrite_config', False, 'Continue in a workdir with another config.'
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   'distributed',
   False,
-  'This is one of several processes, as the environment (a Cloud TPU pod, '
-  'Slurm, Open MPI) tells JAX. The next three flags imply it.',
+  'Run as one of several processes, which JAX detects in the environment (a '
+  'Cloud TPU pod, Slurm, Open MPI). The next three flags imply it.',
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator_address', None, 'host:port of process 0.'

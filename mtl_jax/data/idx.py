@@ -210,7 +210,7 @@ def read_images(
   if len(images) != len(labels) or not len(images):
     raise ValueError(
       f'{images_path} holds {len(images)} images and {labels_path} '
-      f'{len(labels)} labels, expected as many of either, and some'
+      f'{len(labels)} labels, expected equal numbers of at least one'
     )
   if labels.max() >= num_classes:
     raise ValueError(

@@ -118,8 +118,8 @@ class MultiMnist(tfds.core.GeneratorBasedBuilder):
       sizes = {name: len(base.labels) for name, base in images.items()}
       if len(set(sizes.values())) > 1:
         raise ValueError(
-          f'{config.name} pairs as many {part} images of one dataset with as '
-          f'many of the other, found {sizes}'
+          f'{config.name} needs equal numbers of {part} images from both '
+          f'datasets, found {sizes}'
         )
     num_train = len(train[config.first].labels)
     # A tiny source also has a hold-out, with the three images that pairs need.

@@ -110,7 +110,7 @@ class Program:
     return list(rows) if whole else None
 
   def loss(self, i: int) -> Loss:
-    """Loss i by itself."""
+    """Loss i as a separate function."""
     result = self._losses[i]
     inputs = self._jaxpr.invars
     if _fixed(result):
@@ -164,9 +164,9 @@ class Program:
   def pull_back(self, leaves: Sequence[Any]) -> PulledBack:
     """All losses, and the gradient of a weighted sum of them.
 
-    A loss whose weight is exactly 0 has no part in the gradient, whatever its
-    derivatives are. The equations that only its task needs are pulled back
-    separately, and their results are dropped.
+    A loss whose weight is exactly 0 has no part in the gradient, even if its
+    derivatives are not finite. The equations that only its task needs are
+    pulled back separately, and their results are dropped.
 
     Args:
       leaves: the flattened arguments.
@@ -317,7 +317,7 @@ def _part(
 
 
 def _shared_call(jaxpr: Any, size: int) -> int | None:
-  """Where a compiled function that computes several losses is called, if any.
+  """The place of a call to a compiled function with several losses, if any.
 
   Args:
     jaxpr: the equations.

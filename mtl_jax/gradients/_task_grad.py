@@ -92,13 +92,13 @@ def task_grad(
     param_labels: see `mtl_jax.shared_only`. A leaf used by more than one task
       is shared; a task's own leaf must not influence another task's loss.
     engine: how T tasks are evaluated; the numbers are the same. `'unroll'`: one
-      after the other in one program, each task's scalar differentiated alone,
-      so that other heads cost nothing. `'vmap'`: batched over tasks; every head
-      is evaluated for every task. `'scan'`: a loop over tasks, each with its
-      own head alone, whose results are written into the stack in place: a flat
-      update needs two stacks of temporary memory instead of three. `'auto'`:
-      `'scan'` on CPU, where it also takes less time for LeNet and for a
-      perceptron with ten tasks, and 4 % more for ResNet-18
+      after the other in one program. Each task's scalar is differentiated
+      separately, so that other heads cost nothing. `'vmap'`: batched over
+      tasks; every head is evaluated for every task. `'scan'`: a loop over
+      tasks, each with only its own head, that writes results into the stack in
+      place. A flat update then needs two stacks of temporary memory instead of
+      three. `'auto'`: `'scan'` on CPU, where it also takes less time for LeNet
+      and for a perceptron with ten tasks, and 4 % more for ResNet-18
       (results/benchmarks/joint_update.json); `'unroll'` elsewhere.
     micro_batches: n; the batch is cut into n slices, and their task gradients
       are averaged by label counts before they are returned. The first of

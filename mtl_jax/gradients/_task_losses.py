@@ -56,8 +56,8 @@ class Objective(NamedTuple):
     loss_fn: `(params, batch, *args) -> losses` or `(losses, Aux)`, with losses
       `{task: scalar}` or [T].
     features_fn: `(params, batch, *args) -> features` or `(features, Aux)`, a
-      tree of floating-point arrays, through which alone heads depend on shared
-      parameters.
+      tree of floating-point arrays. Heads depend on shared parameters only
+      through it.
     head_loss_fn: `(params, features, batch, *args)` -> as `loss_fn`. With
       features from `features_fn` the losses equal those from `loss_fn`. Only
       one of the two functions may fill a field of `Aux`.

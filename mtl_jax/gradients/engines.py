@@ -217,7 +217,8 @@ def at_each(
 
     def total(stack, heads):
       def own_loss(i, shared):
-        # The other losses pass nothing on, whatever their derivatives are.
+        # The other losses contribute nothing, even if their derivatives are
+        # NaN.
         only = jnp.arange(size) == i
         out, _ = traced.program.values(jax.tree.leaves((shared, heads)), only)
         return jnp.stack(as_scalars(out, names))[i]
@@ -305,7 +306,7 @@ class _Owned:
       self.loss(i)
 
   def head_of(self, task, leaves):
-    """Those of the flattened arguments, or of their gradients, for a head."""
+    """The part for a head among flattened arguments or their gradients."""
     start = self._start[task]
     return leaves[start : start + len(self._heads[task])]
 
@@ -394,7 +395,7 @@ def in_order(losses: Any, names: tuple[str, ...]) -> Any:
 
 
 def _ordered(found, names):
-  """What a loss function returns, with its losses `in_order`."""
+  """The result of a loss function, with its losses `in_order`."""
   losses, aux = found
   return in_order(losses, names), aux
 

@@ -60,8 +60,8 @@ def independent(batch: Any, number: int) -> list[Any]:
   def whole(x):
     if not jnp.shape(x) or x.shape[0] < number:
       raise ValueError(
-        f'{number} independent batches need as many rows in every leaf of the '
-        f'batch, got shape {jnp.shape(x)}'
+        f'{number} independent batches need at least {number} rows in every '
+        f'leaf of the batch, got shape {jnp.shape(x)}'
       )
     return x[: x.shape[0] // number * number]
 

@@ -35,7 +35,8 @@ class Look:
   Attributes:
     colour: the same for a plain method and its flat version.
     line: solid; dashed for plain methods in a summary with flat ones.
-    filled: whether markers are filled; those of plain methods then are not.
+    filled: whether markers are filled; a plain method's are not if there are
+      flat ones.
     named: whether it has its own colour; with very many methods only the
       controls and the best do.
   """

@@ -150,7 +150,7 @@ def read_runs(
         found.setdefault(path.resolve(), path)
       elif present:
         (missing,) = set(_RUN_FILES) - set(present)
-        notes.append(f'Left out {path}: it has {present[0]} but no {missing}.')
+        notes.append(f'Skipped {path}: it has {present[0]} but no {missing}.')
   if not found:
     looked = ', '.join(str(directory) for directory in directories)
     raise ValueError(

@@ -278,7 +278,7 @@ def _notes(summary: Summary, published: Sequence[Published]) -> list[str]:
   for number, source in enumerate(published, 1):
     mark = f' {number}' if len(published) > 1 else ''
     notes.append(
-      f'Published{mark}: {source.source}. Behind ± stands the deviation '
+      f'Published{mark}: {source.source}. The number after ± is the deviation '
       'printed there; delta_m is relative to the single-task row there.'
     )
   return notes

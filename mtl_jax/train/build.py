@@ -95,7 +95,7 @@ def _gram_based(factory, aggregator, method, task_names, perturbation):
     combine = options.pop('combine')
     if combine != 'separate':
       raise ValueError(
-        f"{factory.__name__} goes with method.flat.combine='separate' alone, "
+        f"{factory.__name__} needs method.flat.combine='separate', "
         f'got {combine!r}'
       )
     flat = transforms.Perturbation(**options)

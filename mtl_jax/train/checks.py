@@ -83,7 +83,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   _check_name(config)
   if config.parallel.task_devices > 1 and config.model.sharing != 'shared':
     raise ValueError(
-      "parallel.task_devices goes with model.sharing='shared' alone, got "
+      "parallel.task_devices above 1 needs model.sharing='shared', got "
       f'{config.parallel.task_devices} and {config.model.sharing!r}'
     )
   for name in per_device(config):
@@ -92,8 +92,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
       value = config.parallel[key]
       if value != only:
         raise ValueError(
-          f"{name}='per_device' goes with parallel.{key}={only!r} alone, got "
-          f'{value!r}'
+          f"{name}='per_device' needs parallel.{key}={only!r}, got {value!r}"
         )
 
 

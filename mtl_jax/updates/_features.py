@@ -119,8 +119,8 @@ def feature_update(
     ]
     if shapes[0] != shapes[1]:
       raise ValueError(
-        'aggregator must keep nothing of the shape of the features, for the '
-        f'next batch has other examples; got one with the state {shapes[0]}'
+        'aggregator must keep no state with the shape of the features, because '
+        f'the next batch has other examples; got the state {shapes[0]}'
       )
     return state_for()
 

@@ -149,7 +149,7 @@ def ghost_update(
       partition.tree([path or 'the root' for path in partition.paths])
     )[0]
     dependencies.check_independent(
-      'losses must use what dense is given through dense alone',
+      'losses must use the weights that dense gets only through dense',
       lambda weights: evaluate(merge(weights, others), own_heads, ghosts, {})[
         0
       ],

@@ -89,7 +89,7 @@ def test_collectives_of_a_program_written_by_hand():
   'old, new, message',
   [
     ('"known_trip_count":{"n":"3"}', '', 'loop communicates and its length'),
-    ('[1,8]<=[8]', 'new_form', 'the devices of ar cannot be told'),
+    ('[1,8]<=[8]', 'new_form', 'the devices of ar are unknown'),
     ('all-to-all(', 'ragged-all-to-all(', 'cost of ragged-all-to-all'),
     ('bf16[4]', 'f8x[4]', 'the size of f8x is not known'),
     (

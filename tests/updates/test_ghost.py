@@ -321,7 +321,7 @@ def _regularised(params, dense, batch):
     (_scaled, r'as it stands in params.* \(24, 32\) that is none of them'),
     (_twice, r'each once; got .* \(24, 32\) that is one again'),
     (_vector, r'dense needs w \[in, out\], got shape \(32,\)'),
-    (_regularised, r"through dense alone.* \[\"\['shared'\]\['wide'\]\"\]"),
+    (_regularised, r"only through dense.* \[\"\['shared'\]\['wide'\]\"\]"),
   ],
 )
 def test_a_gradient_that_would_be_lost_is_an_error(loss, message):

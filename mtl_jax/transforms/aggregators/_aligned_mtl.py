@@ -17,7 +17,7 @@ _SCALES = ('min', 'median', 'rmse')
 # are rounding of linearly dependent gradients.
 _RANK_TOLERANCE = 1e-5
 # Rotations converge quadratically: 80 gradients are orthogonal up to rounding
-# after seven sweeps, whatever their lengths.
+# after seven sweeps, for any lengths.
 _SWEEPS = 8
 
 
@@ -63,8 +63,8 @@ def _principal_axes(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
   Rotations of pairs of rows until all rows are orthogonal (Hestenes 1958). For
   rows of very different lengths, whose directions are well apart, even the
   smallest singular values have all their digits (Demmel and Veselic, Jacobi's
-  method is more accurate than QR, 1992); those of a decomposition of the Gram
-  matrix drown in the rounding of its largest entries.
+  method is more accurate than QR, 1992). A decomposition of the Gram matrix
+  loses them in the rounding of its largest entries.
 
   Args:
     rows: [T, N].

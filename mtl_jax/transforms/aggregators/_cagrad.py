@@ -31,7 +31,7 @@ def cagrad(
   whose solution is :math:`d = g_0 + \frac{c |g_0|}{|g_w|} g_w` with
   :math:`w = \arg\min_{w \in \Delta} \langle g_w, g_0 \rangle + c |g_0| |g_w|`.
 
-  Scale: the paper's, about that of the mean gradient. Degree of homogeneity: 1.
+  Scale: the paper's, about the mean gradient's. Degree of homogeneity: 1.
 
   Args:
     c: radius of the ball, not negative. At 0 it is the mean; for large c it

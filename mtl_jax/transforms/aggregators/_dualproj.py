@@ -27,13 +27,13 @@ def dualproj(
     d = \arg\min_x \Big|x - \sum_i p_i g_i\Big| \quad \text{s.t.} \quad
     \langle g_j, x \rangle \ge 0 \;\text{ for all } j
 
-  as gradient episodic memory does with the gradient of its newest task.
+  Gradient episodic memory does the same with the gradient of its newest task.
 
-  Scale: that of the mean of the task gradients, or of their sum weighted by the
+  Scale: the mean of the task gradients, or their sum weighted by the
   preference. Degree of homogeneity: 1. Tasks with a zero gradient bound nothing
   and count in the mean. Absent tasks drop out of the mean; a given preference
-  of the others stays as it is. There is no regularisation, for with one the
-  update conflicts with tasks whose gradients are short.
+  for the others does not change. There is no regularisation, because with it
+  the update conflicts with tasks whose gradients are short.
 
   Args:
     preference: p [T], non-negative and not all zero; None for 1/T each.

@@ -1,4 +1,4 @@
-"""Weights by excess risks."""
+"""Weights from excess risks."""
 
 from collections.abc import Hashable
 import math
@@ -14,19 +14,19 @@ from mtl_jax.transforms.contract import algebra
 from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import lifting
 
-# A relative risk beyond this one counts as this one; the exponent of a single
-# update would leave float32 and with it the weights.
+# A larger relative risk counts as this one. Otherwise the exponent in a single
+# update, and with it the weights, would leave float32.
 _LARGEST = 1e6
 
 
 class ExcessMtlMemory(NamedTuple):
-  """What `excess_mtl` remembers.
+  """The memory of `excess_mtl`.
 
   Attributes:
     squares: tree of leaves [T, *shape], the sums of squared gradients.
     log_weights: [T], logarithms of weights on the simplex.
-    baseline: [T], mean excess risk of the first updates of each task.
-    updates: [T], how many updates each task has taken part in.
+    baseline: [T], mean excess risk over the first updates with each task.
+    updates: [T], number of updates with each task.
   """
 
   squares: Any
@@ -44,10 +44,11 @@ def excess_mtl(
   reduce: str = 'mean',
   shard_axis: Hashable | None = None,
 ) -> aggregation.Aggregator:
-  r"""Exponentiated weights by excess risks (ExcessMTL).
+  r"""Exponentiated weights from excess risks (ExcessMTL).
 
-  How far the loss of a task is from its own optimum, by a Taylor expansion with
-  a diagonal Hessian of AdaGrad's kind, relative to how far it was at first:
+  The excess risk is the distance of a task's loss from its optimum, by a Taylor
+  expansion with a diagonal Hessian as in AdaGrad. The weights use its ratio to
+  the initial one:
 
   .. math::
     E_i = \sum_p \frac{g_{ip}^2}{\sqrt{S_{ip}}}, \quad
@@ -56,7 +57,7 @@ def excess_mtl(
     d = \sum_i w_i g_i
 
   Scale: weights on the simplex; the first update is the mean. Degree of
-  homogeneity: 1 for gradients of this and the earlier updates together, for
+  homogeneity: 1 for gradients of this and the earlier updates together, because
   relative risks do not change then.
 
   Memory: one stack like the task gradients, in float32 at least.

@@ -44,8 +44,8 @@ def sdmgrad(
   g_j(\xi') \rangle` comes from two further batches, the steps are unbiased.
 
   Scale: weights on the simplex plus :math:`\lambda` times the preference, so
-  :math:`1 + \lambda` times that of the mean gradient. Degree of homogeneity: 1;
-  with `scale='paper'` the steps grow with the square of the gradients.
+  :math:`1 + \lambda` times the mean gradient's. Degree of homogeneity: 1; with
+  `scale='paper'` the steps grow with the square of the gradients.
 
   Args:
     lambda_: :math:`\lambda`, not negative; 0 is a stochastic MGDA, and a large

@@ -69,7 +69,7 @@ def auto_lambda(
   and so hardly depend on the scale of the losses: the weighted gradient has
   degree of homogeneity 1.
 
-  Cost of `update`, whatever T: a forward and a backward pass at each of the two
+  Cost of `update`, for any T: a forward and a backward pass at each of the two
   points, and one pass through the training batch, as long as a backward pass,
   that gives all T inner products at once. The ordinary update comes on top.
   Memory: three trees like the parameters, and the activations of two passes.

@@ -172,5 +172,6 @@ def check_length(argument: str, values: Any, num_tasks: int | None) -> None:
   """
   if isinstance(values, tuple) and num_tasks not in (None, len(values)):
     raise ValueError(
-      f'{argument} must be as many as tasks, got {values} for {num_tasks} tasks'
+      f'{argument} must have one value for each of the {num_tasks} tasks, got '
+      f'{values}'
     )

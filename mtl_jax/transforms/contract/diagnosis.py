@@ -29,8 +29,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     * `'mean_cosine'`: cosine of the update with the mean gradient;
     * `'residual'`: relative residual of the solver, if there is one.
 
-    From a bilevel weighting's state `'task_weights'`, `'residual'` and what it
-    learns from: `'hypergradient'` (`auto_lambda`), `'objective_weights'`
+    From a bilevel weighting's state `'task_weights'`, `'residual'` and its
+    further quantities: `'hypergradient'` (`auto_lambda`), `'objective_weights'`
     (`moml`), `'valid_weights'` and `'train_weights'` (`forum`). From
     `skip_nonfinite` `'skipped'`, the number of skipped updates.
 

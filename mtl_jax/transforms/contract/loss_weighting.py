@@ -18,16 +18,16 @@ class LossWeighting(NamedTuple):
 
   The weights are the coefficients of the task gradients, so that the gradient
   of `sum(weights * losses)` with constant weights is the method's update: one
-  backward pass, whatever the number of tasks. `weighted` turns a weighting into
-  an aggregator.
+  backward pass for any number of tasks. `weighted` turns a weighting into an
+  aggregator.
 
   An absent task has weight 0, its part of the state stays, and it does not
   affect the weights of the others. Without any active task the whole state
-  stays. A weighting cannot raise inside `jit`: where it takes the logarithm of
-  a loss that is negative or not finite, weights of that update are NaN, so that
-  a wrapper that skips non-finite updates skips and counts it. A task whose loss
-  is exactly 0 is solved and counts as absent there. A loss that is not finite
-  leaves nothing behind in the state.
+  stays. A weighting cannot raise inside `jit`. If it takes the logarithm of a
+  loss that is negative or not finite, the weights of that update are NaN, so
+  that a wrapper can skip and count the update. A task whose loss is exactly 0
+  is solved and counts as absent there. A non-finite loss leaves no trace in the
+  state.
 
   Attributes:
     init: `num_tasks -> state`; its leaves are [T, ...] or scalars.
@@ -56,7 +56,7 @@ def present_losses(
   Args:
     losses: [T].
     active: bool [T], or None for all.
-    state: of the method, to compare the number of tasks with.
+    state: the method's state, for a check of the number of tasks.
 
   Returns:
     losses [T], constants, with 1 for absent tasks, and active bool [T].
@@ -73,8 +73,8 @@ def present_losses(
       continue
     if leaf.shape and leaf.shape[0] != size:
       raise ValueError(
-        f'losses must have shape ({leaf.shape[0]},), as many as the tasks the '
-        f'state was made for, got {losses.shape}'
+        f'losses must have shape ({leaf.shape[0]},), one for each task in the '
+        f'state, got {losses.shape}'
       )
   active = aggregation.full_active(active, size)
   losses = jax.lax.stop_gradient(losses.astype(jnp.result_type(float)))
@@ -83,7 +83,7 @@ def present_losses(
 
 
 def unless_nobody(active: jax.Array, new: Any, old: Any) -> Any:
-  """The new state; the old one where no task is active."""
+  """The new state, or the old one if no task is active."""
   anyone = jnp.any(active)
   return jax.tree.map(lambda x, y: jnp.where(anyone, x, y), new, old)
 
@@ -180,28 +180,28 @@ def positive(losses: jax.Array) -> jax.Array:
 def unsolved(
   losses: jax.Array, active: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Losses that have a logarithm or are wrong, and whose they are.
+  """Separates the losses of solved tasks from those with a logarithm.
 
-  A loss of exactly 0 is that of a solved task. It has no logarithm, and any
-  number in its place would set the weights of the other tasks: with the usual
-  1e-8 they would be next to nothing, and training would stop. So a solved task
-  counts as absent in that update; its gradient is zero anyway.
+  A loss of exactly 0 belongs to a solved task. It has no logarithm, and any
+  number in its place would determine the weights of the other tasks: with the
+  usual 1e-8 they would be almost zero, and training would stop. A solved task
+  therefore counts as absent in that update; its gradient is zero anyway.
 
   Args:
     losses: [T], above their lower bounds.
     active: bool [T].
 
   Returns:
-    losses [T], 1 for tasks that are solved or absent; and bool [T], the others.
+    losses [T], 1 for solved or absent tasks; and bool [T], true for the others.
   """
-  # A number without a finite reciprocal is no more than 0 either.
+  # A number without a finite reciprocal counts as 0.
   solved = (losses >= 0) & (losses < jnp.finfo(losses.dtype).tiny)
   left = active & ~solved
   return jnp.where(left, losses, 1), left
 
 
 def number(active: jax.Array) -> jax.Array:
-  """How many tasks are active, at least 1."""
+  """The number of active tasks, at least 1."""
   return jnp.maximum(jnp.sum(active), 1).astype(jnp.result_type(float))
 
 

@@ -1,7 +1,7 @@
-"""Trees whose leaves a model library has wrapped.
+"""Trees with leaves that a model library has wrapped.
 
-`flax.nnx` keeps every array of an optimizer's state, and of the parameters that
-it is made for, in a variable of its own, and calls `update` without them.
+`flax.nnx` keeps every array in an optimizer's state, and in the parameters at
+its creation, in a separate variable. It calls `update` without variables.
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ import jax
 
 
 def _is_variable(node: Any) -> bool:
-  # By what it does: the libraries themselves are not needed here.
+  # Recognised by its method, without an import of the library.
   return callable(getattr(type(node), 'get_value', None))
 
 
 def unwrapped(tree: Any) -> Any:
-  """The tree with the values of variables in their place."""
+  """The tree with variables replaced by their values."""
   return jax.tree.map(
     lambda x: x.get_value() if _is_variable(x) else x,
     tree,

@@ -12,9 +12,9 @@ def gls() -> loss_weighting.LossWeighting:
     \min \Big(\prod_i L_i\Big)^{1/T}, \qquad
     w_i = \frac{1}{T L_i} \Big(\prod_j L_j\Big)^{1/T}
 
-  Scale: that of the geometric mean; equal losses have weights 1 / T. Losses
-  must not be negative, otherwise the weights are NaN; a task whose loss is
-  exactly 0 is solved and counts as absent.
+  Scale: the geometric mean's; equal losses have weights 1 / T. Losses must not
+  be negative, otherwise the weights are NaN; a task whose loss is exactly 0 is
+  solved and counts as absent.
 
   Returns:
     A `LossWeighting` without state.

@@ -42,10 +42,10 @@ class ImtlLState(NamedTuple):
 
 
 def _exp(x: jax.Array) -> jax.Array:
-  """The exponential, finite however large x is.
+  """The exponential, finite for any x.
 
   A task whose loss stays 0 has no equilibrium: x grows in every update. A
-  finite weight times its zero gradient is still zero, and infinity is not.
+  finite weight times its zero gradient is still zero; an infinite one is not.
   """
   return jnp.exp(jnp.minimum(x, 0.99 * jnp.log(jnp.finfo(x.dtype).max)))
 

@@ -36,8 +36,8 @@ def shared_only(
 
   Returns:
     An aggregator: shared leaves [T, *shape] and head leaves [*shape] in, leaves
-    [*shape] out. Its state is that of `aggregator`. At `update`, `losses` and
-    `active` may be {task: value} too.
+    [*shape] out. Its state is the state of `aggregator`. At `update`, `losses`
+    and `active` may be {task: value} too.
 
   Raises:
     TypeError: for anything but an aggregator.
