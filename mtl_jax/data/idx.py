@@ -117,7 +117,7 @@ def find_source(
   if missing:
     raise FileNotFoundError(
       f'{name}: {len(missing)} of {len(FILES)} source files are missing in '
-      f'{folder}: {", ".join(missing)}. They can be had from {URLS[name]} '
+      f'{folder}: {", ".join(missing)}. Download them from {URLS[name]} '
       f'(such as {URLS[name]}{missing[0]}). The source folder, named by '
       f'--source_dir or {SOURCE_DIR_VARIABLE}, must hold {name}/ with them.'
     )

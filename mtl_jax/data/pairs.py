@@ -1,8 +1,8 @@
 """Overlapped pairs of images, the construction of Multi-MNIST, in NumPy.
 
-Two images of h x w lie on a canvas of (h + shift) x (w + shift), the first in
-the top left corner, the second in the bottom right one. Where they overlap
-the brighter pixel is kept.
+Two images of h x w are placed on a canvas of (h + shift) x (w + shift), the
+first in the top left corner, the second in the bottom right corner. Where they
+overlap the brighter pixel is kept.
 """
 
 from collections.abc import Mapping

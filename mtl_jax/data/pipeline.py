@@ -201,5 +201,5 @@ def _iterate(
 
 def _each(dataset):
   # A generator, so that the iterator has `close` with every version of grain;
-  # `yield from` hands it on where grain's own has it.
+  # `yield from` passes it on if grain's own iterator has it.
   yield from dataset

@@ -481,7 +481,7 @@ def _together(aux):
 
 
 def _merged(first, second):
-  """One `Aux` from two, each of which fills other fields."""
+  """One `Aux` from two that fill different fields."""
   empty = lambda x: isinstance(x, tuple) and not x
   for name, *both in zip(Aux._fields, first, second, strict=True):
     if not any(map(empty, both)):

@@ -367,7 +367,7 @@ def in_order(losses: Any, names: tuple[str, ...]) -> Any:
     names: the tasks.
 
   Raises:
-    ValueError: for other tasks, and for losses that are no scalars.
+    ValueError: for other tasks, and for losses that are not scalars.
   """
   if isinstance(losses, Mapping):
     if set(losses) != set(names):

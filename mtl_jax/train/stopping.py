@@ -6,7 +6,7 @@ from types import FrameType
 
 
 class Interrupted(Exception):  # noqa: N818  Not an error: all is saved.
-  """A run was asked to stop; it has saved a checkpoint and can go on."""
+  """A run was asked to stop; it has saved a checkpoint and can continue."""
 
 
 class StopRequest:

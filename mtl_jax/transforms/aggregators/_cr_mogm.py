@@ -71,8 +71,8 @@ def cr_mogm(
     the new ones before they are averaged with them.
 
   Raises:
-    ValueError: for a decay outside its range, axes beside an aggregator, and an
-      aggregator without weights or with weights of other gradients.
+    ValueError: for a decay outside its range, axes together with an aggregator,
+      and an aggregator without weights or with weights of other gradients.
 
   Examples:
     The least-norm weights are (0.6, 0.4), then (0.5, 0.5).

@@ -100,7 +100,7 @@ def _weights(
   size, count = gram.shape[0], jnp.sum(active)
   squares = jnp.diagonal(gram)
   distances = squares[:, None] + squares[None, :] - 2 * gram
-  # An absent task and the task itself are nobody's neighbour.
+  # An absent task and the task itself do not count as neighbours.
   other = active[None, :] & ~jnp.eye(size, dtype=bool)
   closest = jnp.sort(jnp.where(other, distances, jnp.inf), axis=1)
   near = jnp.arange(size) < count - num_byzantine - 2

@@ -51,7 +51,8 @@ def relative(inner: jax.Array, active: jax.Array) -> jax.Array:
 
   Returns:
     [T, T], of degree 0 in the gradients; zeros where no length is positive. A
-    negative entry of the diagonal, as two batches may have, is no length.
+    negative diagonal entry, which is possible with two batches, is not a
+    length.
   """
   lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(inner), 0))
   mean = jnp.sum(jnp.where(active, lengths, 0)) / jnp.maximum(

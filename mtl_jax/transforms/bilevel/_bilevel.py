@@ -37,7 +37,8 @@ def dtype_of(params: Any) -> Any:
   """The dtype of weights: float32, or wider if a parameter is.
 
   Raises:
-    ValueError: naming a parameter that is no real floating-point array.
+    ValueError: for a parameter that is not a real floating-point array; the
+      message names it.
   """
   aggregation.check_parameters(params)
   return jnp.result_type(

@@ -88,7 +88,7 @@ def _product_by_pieces(a: jax.Array, b: jax.Array) -> jax.Array:
 
   In some programs XLA's CPU backend adds up a row one number after the other:
   squared norms of 4 million numbers came out 0.6 % too small in float32. Sums
-  within a piece, and then over the pieces, lose next to nothing.
+  within a piece, and then over the pieces, lose almost nothing.
   """
   if a.shape[0] * b.shape[0] <= _FEW_PRODUCTS:
     return _product_by_columns(a, b)

@@ -22,7 +22,7 @@ def one_of(argument: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def is_known(value: Any) -> bool:
-  """Whether its value can be looked at while a program is traced."""
+  """Whether its value is known while a program is traced."""
   return not isinstance(value, jax.Array)
 
 
@@ -132,13 +132,13 @@ def as_weights(argument: str, values: Sequence[float]) -> tuple[float, ...]:
 
 
 def known(values: Any) -> list[Any]:
-  """The known ones of one number or a tuple of them."""
+  """The known values in a number or a tuple of numbers."""
   items = values if isinstance(values, tuple) else (values,)
   return [x for x in items if is_known(x)]
 
 
 def _items(argument: str, values: Any, expected: str) -> Any:
-  """One number as it is, or a tuple of scalars; known ones are floats."""
+  """The given number, or a tuple of scalars; known ones are floats."""
   shapes = {np.shape(v) for v in values} if _is_listed(values) else {()}
   if shapes - {()} or np.ndim(0 if _is_listed(values) else values) > 1:
     raise ValueError(f'{argument} must be {expected}, got {values!r}')

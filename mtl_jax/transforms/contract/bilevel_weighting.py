@@ -14,7 +14,7 @@ class BilevelWeighting(NamedTuple):
   finite for absent tasks, as a masked mean's is; their losses may be anything.
   The weights are for one ordinary update with the gradient of the weighted
   loss, heads included. Under `jit` with shardings everything is global; there
-  is no `axis_name` for replicas of `pmap` and `shard_map`.
+  is no `axis_name` for replicas in `pmap` and `shard_map`.
 
   Attributes:
     init: `(num_tasks, params) -> state`.
