@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.gradients import engines
+from mtl_jax.gradients import _order
 from mtl_jax.gradients import slices
 from mtl_jax.transforms.contract import aggregation
 
@@ -77,7 +77,7 @@ class Replicas(NamedTuple):
     def share_fn(params, batch, *args):
       means, aux = loss_fn(params, batch, *args)
       factors = slices.label_counts(batch, names) * per_label
-      means = engines.in_order(means, names)
+      means = _order.in_order(means, names)
       if isinstance(means, list):
         return [factors[i] * mean for i, mean in enumerate(means)], aux
       return factors * means, aux

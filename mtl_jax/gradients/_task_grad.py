@@ -13,6 +13,7 @@ import jax
 
 from mtl_jax import types
 from mtl_jax.gradients import _micro_batches
+from mtl_jax.gradients import _order
 from mtl_jax.gradients import _weighted
 from mtl_jax.gradients import engines
 from mtl_jax.transforms.contract import arguments
@@ -36,7 +37,7 @@ class TaskGrad(NamedTuple):
 
 
 def evaluations(
-  loss_fn: engines.LossFn,
+  loss_fn: _order.LossFn,
   names: tuple[str, ...],
   param_labels: labels.ParamLabels,
   engine: str,

@@ -14,39 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax import types
+from mtl_jax.gradients import _aux
 from mtl_jax.gradients import _features
+from mtl_jax.gradients import _order
 from mtl_jax.gradients import _replicas
 from mtl_jax.gradients import _task_grad
 from mtl_jax.gradients import _weighted
 from mtl_jax.gradients import engines
+from mtl_jax.gradients import linearization
 from mtl_jax.gradients import slices
 from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import labels
-
-
-class Aux(NamedTuple):
-  """The results of a loss function besides losses.
-
-  Attributes:
-    mean: a tree that is averaged over slices and replicas, such as a model's
-      state.
-    sum: a tree that is added up over them, such as sums of metrics.
-  """
-
-  mean: Any = ()
-  sum: Any = ()
-
-
-class Pass(NamedTuple):
-  """The result of a forward pass.
-
-  Attributes:
-    losses: [T].
-    aux: an `Aux`; empty if the loss function returns none.
-  """
-
-  losses: jax.Array
-  aux: Any
 
 
 class Objective(NamedTuple):
@@ -169,10 +147,12 @@ class TaskLosses:
       )
     return self._replicas.mean(losses)
 
-  def gradients(self, params: types.Params) -> tuple[Pass, types.TaskGrads]:
+  def gradients(
+    self, params: types.Params
+  ) -> tuple[_aux.Pass, types.TaskGrads]:
     """Losses and task gradients: one forward pass, T pull-backs."""
     (losses, aux), grads = self._task_grad.at(params, self.batch, *self.args)
-    return Pass(losses, self._of_slices(aux)), grads
+    return _aux.Pass(losses, self._of_slices(aux)), grads
 
   def gradients_each(
     self, task_params: types.TaskGrads
@@ -188,7 +168,7 @@ class TaskLosses:
     self,
     weigh: Callable[[jax.Array], tuple[jax.Array, Any]],
     params: types.Params,
-  ) -> tuple[Pass, Any, types.Params]:
+  ) -> tuple[_aux.Pass, Any, types.Params]:
     """The gradient of a weighted sum of losses: one backward pass.
 
     Args:
@@ -212,16 +192,18 @@ class TaskLosses:
       (losses, aux, weighed), grads = _weighted.sliced_weighted(
         *given, *self._slices, weigh_global, params, self.batch, *self.args
       )
-    found = self.over_replicas(Pass(losses, self._of_slices(aux)))
+    found = self.over_replicas(_aux.Pass(losses, self._of_slices(aux)))
     return found, weighed, self._replicas.mean_gradients(grads)
 
-  def over_replicas(self, found: Pass) -> Pass:
+  def over_replicas(self, found: _aux.Pass) -> _aux.Pass:
     """The pass over all replicas, from this replica's pass."""
     mean, add = self._replicas.mean, self._replicas.sum
     losses, (of_mean, of_sum) = found
-    return Pass(mean(losses), Aux(mean(of_mean), add(of_sum)))
+    return _aux.Pass(mean(losses), _aux.Aux(mean(of_mean), add(of_sum)))
 
-  def pull_backs(self, params: types.Params, asker: str) -> engines.PullBacks:
+  def pull_backs(
+    self, params: types.Params, asker: str
+  ) -> linearization.PullBacks:
     """One forward pass, from which one task is pulled back at a time.
 
     Args:
@@ -235,7 +217,7 @@ class TaskLosses:
       replicas=False,
       task_devices=False,
     )
-    return engines.pull_backs(
+    return linearization.pull_backs(
       self._loss_fn,
       self.task_names,
       self.param_labels,
@@ -260,8 +242,8 @@ class TaskLosses:
       form='features_fn',
     )
     found = _features.at_features(
-      _pair_of(self.objective.features_fn),
-      _pair_of(self.objective.head_loss_fn),
+      _aux.pair_of(self.objective.features_fn),
+      _aux.pair_of(self.objective.head_loss_fn),
       self.task_names,
       self.param_labels,
       params,
@@ -271,7 +253,7 @@ class TaskLosses:
 
     def loss_fn(boundary, *unused):
       losses, aux = found.losses_of(boundary)
-      return losses, _merged(found.aux, aux)
+      return losses, _aux.merged(found.aux, aux)
 
     losses = dataclasses.replace(
       self,
@@ -301,9 +283,9 @@ class TaskLosses:
       task_devices=False,
       form='dense_loss_fn',
     )
-    run = _pair_of(self.objective.dense_loss_fn)
+    run = _aux.pair_of(self.objective.dense_loss_fn)
     losses, aux = run(params, dense, self.batch, *self.args)
-    return engines.as_scalars(losses, self.task_names), aux
+    return _order.as_scalars(losses, self.task_names), aux
 
   def require(
     self,
@@ -362,7 +344,7 @@ class TaskLosses:
   @property
   def _loss_fn(self):
     return self._replicas.shares(
-      _pair_of(self.objective.loss_fn),
+      _aux.pair_of(self.objective.loss_fn),
       self.task_names,
       self.counts,
       self.micro_batches,
@@ -383,7 +365,7 @@ class TaskLosses:
     """Aux over all slices."""
     if self.micro_batches == 1:
       return aux
-    return _together(aux)
+    return _aux.together(aux)
 
 
 class Boundary(NamedTuple):
@@ -452,7 +434,9 @@ def task_losses(
   )
 
 
-def combined(parts: Sequence[TaskLosses], passes: Sequence[Pass]) -> Pass:
+def combined(
+  parts: Sequence[TaskLosses], passes: Sequence[_aux.Pass]
+) -> _aux.Pass:
   """Losses and aux on a batch, from those on independent parts.
 
   Args:
@@ -469,40 +453,4 @@ def combined(parts: Sequence[TaskLosses], passes: Sequence[Pass]) -> Pass:
   shares = counts / jnp.maximum(jnp.sum(counts, axis=0, keepdims=True), 1)
   losses = jnp.sum(shares * jnp.stack([x.losses for x in passes]), axis=0)
   aux = jax.tree.map(lambda *x: jnp.stack(x), *(x.aux for x in passes))
-  return Pass(losses, _together(aux))
-
-
-def _together(aux):
-  """Aux with leading axes for slices, averaged or added up over them."""
-  return Aux(
-    jax.tree.map(lambda x: jnp.mean(x, axis=0), aux.mean),
-    jax.tree.map(lambda x: jnp.sum(x, axis=0), aux.sum),
-  )
-
-
-def _merged(first, second):
-  """One `Aux` from two that fill different fields."""
-  empty = lambda x: isinstance(x, tuple) and not x
-  for name, *both in zip(Aux._fields, first, second, strict=True):
-    if not any(map(empty, both)):
-      raise ValueError(f'features_fn and head_loss_fn both return Aux.{name}')
-  return Aux(
-    *(b if empty(a) else a for a, b in zip(first, second, strict=True))
-  )
-
-
-def _pair_of(fn):
-  """The function with an `Aux`, which may be empty."""
-
-  def pair(*args):
-    out = fn(*args)
-    if not isinstance(out, tuple):
-      return out, Aux()
-    if len(out) != 2 or not isinstance(out[1], Aux):
-      raise ValueError(
-        'loss_fn must return losses, or (losses, Aux(mean=..., sum=...)); got '
-        f'a tuple of {tuple(type(x).__name__ for x in out)}'
-      )
-    return out
-
-  return pair
+  return _aux.Pass(losses, _aux.together(aux))

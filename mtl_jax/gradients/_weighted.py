@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax import types
+from mtl_jax.gradients import _order
 from mtl_jax.gradients import _programs
-from mtl_jax.gradients import engines
 from mtl_jax.gradients import slices
 
 
 def weighted(
-  loss_fn: engines.LossFn,
+  loss_fn: _order.LossFn,
   names: tuple[str, ...],
   weigh: Callable[[jax.Array], tuple[jax.Array, Any]],
   params: types.Params,
@@ -28,7 +28,7 @@ def weighted(
   leaves, structure = jax.tree.flatten(params)
   found = program.pull_back(leaves)
   losses, aux = found.value
-  losses = jnp.stack(engines.as_scalars(losses, names))
+  losses = jnp.stack(_order.as_scalars(losses, names))
   weighed = weigh(jax.lax.stop_gradient(losses))
   weights = jax.lax.stop_gradient(weighed[0])
   grads = jax.tree.unflatten(structure, found.pull(weights))
@@ -36,7 +36,7 @@ def weighted(
 
 
 def values(
-  loss_fn: engines.LossFn,
+  loss_fn: _order.LossFn,
   names: tuple[str, ...],
   active: jax.Array | None,
   params: types.Params,
@@ -48,11 +48,11 @@ def values(
   else:
     program = _program(loss_fn, names, params, *args)
     losses, _ = program.values(jax.tree.leaves(params), active)
-  return jnp.stack(engines.as_scalars(losses, names))
+  return jnp.stack(_order.as_scalars(losses, names))
 
 
 def sliced_values(
-  loss_fn: engines.LossFn,
+  loss_fn: _order.LossFn,
   names: tuple[str, ...],
   number: int,
   weigh_slices: bool,
@@ -74,7 +74,7 @@ def sliced_values(
 
 
 def sliced_weighted(
-  loss_fn: engines.LossFn,
+  loss_fn: _order.LossFn,
   names: tuple[str, ...],
   number: int,
   weigh_slices: bool,
@@ -115,6 +115,6 @@ def sliced_weighted(
 def _program(loss_fn, names, params, *args):
   def run(params):
     losses, aux = loss_fn(params, *args)
-    return engines.in_order(losses, names), aux
+    return _order.in_order(losses, names), aux
 
   return _programs.Program(run, len(names), params)

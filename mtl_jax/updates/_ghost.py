@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.gradients import dependencies
-from mtl_jax.gradients import engines
+from mtl_jax.gradients import linearization
 from mtl_jax.transforms import Perturbation
 from mtl_jax.transforms.contract import heads
 from mtl_jax.transforms.contract import labels
@@ -169,7 +169,7 @@ def ghost_update(
       inputs = {i: layers.inputs[i] for i in ghosts}
       return dict(zip(names, values, strict=True)), (aux, inputs)
 
-    linear = engines.linearized(losses_of, partition, together, own_heads)
+    linear = linearization.linearized(losses_of, partition, together, own_heads)
     aux, inputs = linear.aux
     kernels = {i: _ghost_layers.Kernel(x) for i, x in inputs.items()}
 
