@@ -63,6 +63,24 @@ class PulledBack(NamedTuple):
   pull: Callable[[jax.Array], list[jax.Array]]
 
 
+def if_present(x: jax.Array, present: jax.Array) -> jax.Array:
+  """X, without a derivative unless `present`."""
+  return jnp.where(present, x, jax.lax.stop_gradient(x))
+
+
+@jax.custom_vjp
+def if_present_unbatched(x: jax.Array, present: jax.Array) -> jax.Array:
+  """The same in reverse mode, and not batched where `present` alone is."""
+  del present
+  return x
+
+
+if_present_unbatched.defvjp(
+  lambda x, present: (x, present),
+  lambda present, cotangent: (jnp.where(present, cotangent, 0), None),
+)
+
+
 class Program:
   """The equations of a function that returns one loss a task.
 
@@ -128,12 +146,18 @@ class Program:
 
     return Loss([place[x] for x in part.inputs], run)
 
-  def values(self, leaves: Sequence[Any], active: jax.Array) -> Any:
+  def values(
+    self,
+    leaves: Sequence[Any],
+    active: jax.Array,
+    guard: Callable[[jax.Array, jax.Array], jax.Array] = if_present,
+  ) -> Any:
     """All losses and aux; their derivatives skip absent tasks.
 
     Args:
       leaves: the flattened arguments.
       active: bool [T].
+      guard: `(x, present) -> x`, without a derivative unless `present`.
 
     Returns:
       The result of the function.
@@ -145,11 +169,11 @@ class Program:
     trunk, own, rest = self._parts
 
     def run(part, present=True):
-      # The value is the same either way; the derivative is not.
-      guard = lambda x: jnp.where(present, x, jax.lax.stop_gradient(x))
       values = part.run(
         *(
-          guard(known[x]) if present is not True and _smooth(x) else known[x]
+          guard(known[x], present)
+          if present is not True and _smooth(x)
+          else known[x]
           for x in part.inputs
         )
       )
@@ -216,10 +240,12 @@ class Program:
           continue
         used = weights[i] != 0
         weight = jnp.where(used, weights[i], 0).astype(loss.aval.dtype)
+        # They vary over the mapped axes that the loss does.
+        zeros = jnp.zeros_like(known[loss])
         if self.separable:
-          weight = weight.reshape(loss.aval.shape)
+          weight = zeros + weight.reshape(loss.aval.shape)
         else:
-          weight = jnp.zeros_like(known[loss]).at[i].set(weight)
+          weight = zeros.at[i].set(weight)
         if loss in own[i].results:
           add((x, jnp.where(used, c, 0)) for x, c in of_own[i]([weight]))
         else:  # Other losses need it too.

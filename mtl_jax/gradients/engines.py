@@ -12,6 +12,7 @@ from mtl_jax import types
 from mtl_jax.gradients import _loop
 from mtl_jax.gradients import _order
 from mtl_jax.gradients import _owners
+from mtl_jax.gradients import _programs
 from mtl_jax.gradients import linearization
 from mtl_jax.transforms.contract import labels
 
@@ -69,13 +70,13 @@ def _at_batched(loss_fn, names, param_labels, params, *args):
   found = traced.program.pull_back(traced.leaves)
   out, aux = found.value
   losses = jnp.stack(_order.as_scalars(out, names))
-  rows = jax.vmap(found.pull)(jnp.diag(jnp.ones_like(losses)))
-  own_heads = {
-    task: [x[i] for x in traced.head_of(task, rows)]
-    for i, task in enumerate(names)
-  }
+  shared_of = lambda weights: found.pull(weights)[: len(shared)]
+  rows = jax.vmap(shared_of)(jnp.diag(jnp.ones_like(losses)))
+  # A head's gradient comes from its own loss alone: one pull-back for all.
+  own = found.pull(jnp.ones_like(losses))
+  own_heads = {task: traced.head_of(task, own) for task in names}
   zeros = jax.tree.map(jnp.zeros_like, frozen)
-  grads = partition.join(rows[: len(shared)], own_heads, zeros)
+  grads = partition.join(rows, own_heads, zeros)
   return (losses, aux), grads
 
 
@@ -106,7 +107,10 @@ def at_each(
         # The other losses contribute nothing, even if their derivatives are
         # NaN.
         only = jnp.arange(size) == i
-        out, _ = traced.program.values(jax.tree.leaves((shared, heads)), only)
+        # Heads are the same in all rows.
+        out, _ = traced.program.values(
+          jax.tree.leaves((shared, heads)), only, _programs.if_present_unbatched
+        )
         return jnp.stack(_order.as_scalars(out, names))[i]
 
       # The index keeps the map alive if nothing is shared.

@@ -52,6 +52,19 @@ def loss_fn(params, batch):
   return losses, jnp.sum(hidden)
 
 
+def weighted(params, batch, *, mark=lambda tree: tree, axis=None, slices=1):
+  """The gradient of a weighted loss."""
+  losses = mtl_jax.task_losses(
+    lambda params, batch: loss_fn(params, batch)[0],
+    NAMES,
+    axis_name=axis,
+    micro_batches=slices,
+  )
+  weigh = lambda values: (values / jnp.sum(values), None)
+  _, _, grads = losses.on(batch).weighted_gradient(weigh, mark(params))
+  return grads
+
+
 def update(params, batch, *, mark=lambda tree: tree, axis=None, **options):
   """The flat-minima update with equal weights."""
   at, at_each = mtl_jax.task_grad(
@@ -76,7 +89,7 @@ CASES = [
 
 
 @pytest.mark.parametrize('check_vma', [False, True])
-def test_every_engine_works_with_parameters_marked_as_varying(check_vma):
+def test_every_gradient_works_with_parameters_marked_as_varying(check_vma):
   mark = lambda tree: jax.lax.pcast(tree, 'batch', to='varying')
   marked = {'mark': mark} if check_vma else {}
 
@@ -91,6 +104,9 @@ def test_every_engine_works_with_parameters_marked_as_varying(check_vma):
         **marked,
       )
       for engine, slices in CASES
+    ], [
+      weighted(params, batch, axis='batch', slices=slices, **marked)
+      for slices in (1, 2)
     ]
 
   mapped = jax.shard_map(
@@ -105,14 +121,14 @@ def test_every_engine_works_with_parameters_marked_as_varying(check_vma):
 
   @quick_compile.jit
   def both(params, batch):
-    return mapped(params, batch), update(params, batch)
+    right = update(params, batch), weighted(params, batch)
+    return mapped(params, batch), right
 
   found, expected = both(PARAMS, BATCH)
-  for case, one in zip(CASES, found, strict=True):
-    jax.tree.map(
-      lambda a, b, case=case: np.testing.assert_allclose(
-        a, b, rtol=1e-4, atol=1e-6, err_msg=str(case)
-      ),
-      one,
-      expected,
-    )
+  for grads, right in zip(found, expected, strict=True):
+    for one in grads:
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        one,
+        right,
+      )

@@ -2,6 +2,7 @@
 
 import functools
 
+import digits
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -14,12 +15,10 @@ from benchmarks import hlo_collectives
 from configs import common
 from configs import methods
 from mtl_jax import gradients
-from mtl_jax import models
-from mtl_jax import problems
 from mtl_jax import transforms
+from mtl_jax.train import build
 from mtl_jax.train import distributed
 from mtl_jax.train import experiment
-from mtl_jax.train import optimizer
 from mtl_jax.train import sharding
 from mtl_jax.train import step as steps
 
@@ -63,28 +62,29 @@ def test_a_short_leaf_stays_whole():
   assert specs(found) == {'short': P(None, None), 'long': P(('data',), None)}
 
 
-def test_stacks_in_the_optimizers_state_are_cut_as_their_parameters_are():
+def test_stacks_in_a_state_are_cut_as_their_parameters_are():
   params = {'shared': {'w': shape(2, 8)}, 'heads': {n: shape(8) for n in NAMES}}
   state = steps.TrainState(
     step=shape(),
     params=params,
     model_state={'mean': shape(8)},
-    opt_state=(params, {'stack': shape(4, 2, 8), 'gram': shape(4, 4)}),
+    joint={'stack': shape(4, 2, 8), 'gram': shape(4, 4)},
+    opt_state=params,
   )
   found = specs(layout_of('sharded', 1).of_state(state))
   assert found.model_state == {'mean': P()}
-  assert found.opt_state[0] == found.params
-  assert found.opt_state[1]['stack'] == P(None, None, ('data',))
-  assert found.opt_state[1]['gram'] == P(None, None)
+  assert found.opt_state == found.params
+  assert found.joint['stack'] == P(None, None, ('data',))
+  assert found.joint['gram'] == P(None, None)
   # What updates parameters is cut among the devices that share out tasks too.
   both = ('data', 'task')
   found = specs(layout_of('sharded', 2).of_state(state))
   assert found.params['shared']['w'] == P(None, ('data',))
-  assert found.opt_state[0]['shared']['w'] == P(None, both)
-  assert found.opt_state[1]['stack'] == P(None, None, both)
+  assert found.opt_state['shared']['w'] == P(None, both)
+  assert found.joint['stack'] == P(None, None, both)
   found = specs(layout_of('replicated', 2).of_state(state))
   assert found.params['shared']['w'] == P(None, None)
-  assert found.opt_state[0]['shared']['w'] == P(None, ('task',))
+  assert found.opt_state['shared']['w'] == P(None, ('task',))
 
 
 @pytest.mark.parametrize('engine', ['unroll', 'scan'])
@@ -248,87 +248,64 @@ def test_solvers_do_not_communicate():
   assert 'all-to-all' in {c.kind for c in found}
 
 
-def config_of(name):
-  return ml_collections.ConfigDict(
-    {
-      'method': methods.entry(name, rho=0.1),
-      'optimizer': {
-        'learning_rate': 1e-2,
-        'schedule': 'constant',
-        'clip': 1.0,
-        'weight_decay': 1e-3,
-        'skip_nonfinite': 3,
-      },
-      'seed': 0,
-    }
-  )
-
-
-def train(name, layout, **options):
-  """State and metrics after two steps."""
-  problem = problems.by_name('multi_digits')
-  model = models.make_model(models.by_name('mlp', widths=(16,)), problem.tasks)
-  made = optimizer.make_optimizer(
-    config_of(name), problem.task_names, total_steps=10, steps_per_epoch=5
-  )
-  batch = dict(problem.load('train').__getitems__(np.arange(32)))
-  mask = np.arange(32) % 3 > 0
-  batch['mask'] = {
-    'task_1': np.ones(32, np.float32),
-    'task_2': mask.astype(np.float32),
-  }
-  step = steps.make_train_step(
-    problem,
-    model,
-    made.tx,
-    extra_batches=made.extra_batches,
-    weighting=made.weighting,
-    lookahead=1e-2,
-    layout=layout,
+def case_of(name, layout, **options):
+  """A case of `digits`, laid out; its optimizer has all its parts."""
+  config = digits.config(clip=1.0, weight_decay=1e-3, skip_nonfinite=3)
+  config.method = ml_collections.ConfigDict(methods.entry(name, rho=0.1))
+  made = digits.case(
+    build.joint_update(config, digits.names()),
+    build.optimizer(config, total_steps=10),
+    its_model=digits.model('mlp', widths=(16,)),
     **options,
   )
-  state = steps.init_state(
-    problem, model, made.tx, seed=0, batch=batch, weighting=made.weighting
-  )
-  shards = None
-  if layout is not None:
-    shards = layout.of_state(state)
-    state = jax.device_put(state, shards)
-    batch = distributed.put_batch(batch, layout.mesh)
-  step = quick_compile.jit(
-    step, out_shardings=None if shards is None else (shards, None)
-  )
+  if layout is None:
+    return made
+  return made._replace(losses=layout.around(made.losses))
+
+
+CASES = {
+  'f_pcgrad': ('sharded', 1, {'micro_batches': 2}),
+  'f_cagrad': ('replicated', 2, {'engine': 'vmap'}),
+  # With further batches, and with a look-ahead and no stack.
+  'modo': ('sharded', 1, {}),
+  'auto_lambda': ('sharded', 1, {}),
+}
+
+
+def test_steps_with_a_layout_are_those_of_one_device():
+  alone = {
+    name: case_of(name, None, **options)
+    for name, (_, _, options) in CASES.items()
+  }
+  mask = np.arange(32) % 3 > 0
+  batch = digits.masked('task_2', mask, size=32)
+  states = start = digits.start(alone, batch)
+  step = quick_compile.jit(digits.step_of(alone))
   for _ in range(2):
-    state, metrics = step(state, batch)
-  return state, metrics
+    states, metrics = step(states, batch)
 
-
-@pytest.mark.parametrize(
-  'name, parameters, task_devices, options',
-  [
-    ('f_pcgrad', 'sharded', 1, {'micro_batches': 2}),
-    ('f_cagrad', 'replicated', 2, {'engine': 'vmap'}),
-    # With further batches, and with a look-ahead and no stack.
-    ('modo', 'sharded', 1, {}),
-    ('auto_lambda', 'sharded', 1, {}),
-  ],
-)
-def test_steps_with_a_layout_are_those_of_one_device(
-  name, parameters, task_devices, options
-):
-  names = problems.by_name('multi_digits').task_names
-  layout = layout_of(parameters, task_devices, names, min_size=16)
-  state, metrics = train(name, layout, **options)
-  expected, expected_metrics = train(name, None, **options)
-  jax.tree.map(
-    # Adam divides by tiny second moments, so its steps keep fewer digits.
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5),
-    (state.params, metrics),
-    (expected.params, expected_metrics),
-  )
-  if parameters == 'sharded':
-    kernels = [x for x in jax.tree.leaves(state.params) if x.ndim == 2]
-    assert all(x.sharding.shard_shape(x.shape) != x.shape for x in kernels)
+  for name, (parameters, task_devices, options) in CASES.items():
+    layout = layout_of(parameters, task_devices, digits.names(), min_size=16)
+    shards = {name: layout.of_state(start[name])}
+    found = jax.device_put({name: start[name]}, shards)
+    placed = distributed.put_batch(batch, layout.mesh)
+    step = quick_compile.jit(
+      digits.step_of({name: case_of(name, layout, **options)}),
+      out_shardings=(shards, None),
+    )
+    for _ in range(2):
+      found, shown = step(found, placed)
+    digits.close(
+      (found[name].params, shown[name]),
+      (states[name].params, metrics[name]),
+      # Adam divides by tiny second moments, so its steps keep fewer digits.
+      rtol=2e-3,
+      atol=2e-5,
+      err_msg=name,
+    )
+    if parameters == 'sharded':
+      kernels = [x for x in jax.tree.leaves(found[name].params) if x.ndim == 2]
+      assert all(x.sharding.shard_shape(x.shape) != x.shape for x in kernels)
 
 
 def test_layouts_that_cut_nothing_change_no_function():

@@ -20,10 +20,10 @@ import pytest
 from configs import multi_digits
 from mtl_jax import problems
 from mtl_jax.train import checkpoint
+from mtl_jax.train import evaluate
 from mtl_jax.train import experiment as experiments
 from mtl_jax.train import loop
 from mtl_jax.train import run_directory
-from mtl_jax.train import step as steps
 from mtl_jax.train import stopping
 from mtl_jax.train import window as windows
 
@@ -403,10 +403,10 @@ def test_evaluation_is_that_of_the_saved_parameters_on_the_whole_split(
   for split in ('validation', 'test'):
     source = experiment.sources[split]
     batch = source.__getitems__(np.arange(len(source)))
-    sums = steps.make_eval_step(experiment.problem, experiment.model)(
+    sums = evaluate.make_eval_step(experiment.problem, experiment.model)(
       train.params, train.model_state, batch
     )
-    values = steps.finish_eval(experiment.problem, sums)
+    values = evaluate.finish_eval(experiment.problem, sums)
     for name, value in values.items():
       assert _lines(reference)[-1][f'{split}/{name}'] == pytest.approx(value)
 

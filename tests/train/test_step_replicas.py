@@ -2,50 +2,28 @@
 
 import functools
 
-from flax import linen as nn
+import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import quick_compile
-import test_step
 
 from configs import multi_digits
 import mtl_jax
 from mtl_jax import losses
 from mtl_jax import models
+from mtl_jax import types
 from mtl_jax.models import registry
 from mtl_jax.train import distributed
 from mtl_jax.train import experiment as experiments
-from mtl_jax.train import replicas
-from mtl_jax.train import step as steps
+from mtl_jax.train import objective as objectives
+from mtl_jax.train import sharding
 
 DEVICES = 8
 # Every device's rows can be cut into two and into three.
 ROWS = 6 * DEVICES
-
-
-class _Normalised(nn.Module):
-  """A small trunk with BatchNorm over the rows of all devices, or of one."""
-
-  batch_norm_axis: str | None = None
-
-  @nn.compact
-  def __call__(self, image, *, train):
-    x = nn.Dense(5)(image.reshape(image.shape[0], -1))
-    x = nn.BatchNorm(
-      use_running_average=not train, axis_name=self.batch_norm_axis
-    )(x)
-    return nn.tanh(x)
-
-
-def _problem():
-  return test_step._problem()
-
-
-def _names():
-  return _problem().task_names
 
 
 @functools.cache
@@ -54,96 +32,72 @@ def _batch():
 
   A mean of the means of devices would be another number.
   """
-  batch = dict(_problem().load('train').__getitems__(np.arange(ROWS)))
   first, second = (np.ones(ROWS, np.float32) for _ in range(2))
   first[:7] = 0
   second[[5, 17, 18, 19, 21, 40]] = 0
-  batch['mask'] = dict(zip(_names(), (first, second), strict=True))
-  return jax.tree.map(jnp.asarray, batch)
+  masks = zip(digits.names(), (first, second), strict=True)
+  return {
+    **digits.batch(ROWS),
+    'mask': {task: jnp.asarray(mask) for task, mask in masks},
+  }
 
 
-def _case(
-  make_method=None,
-  *,
-  rho=None,
-  perturbation='global',
-  engine='unroll',  # The quickest to compile.
-  **options,
-):
-  """`axis_name -> (tx, options of make_train_step)`; flat with a radius."""
+def _stack(make_method, *, rho=None, perturbation='global', **options):
+  """`(axis_name, model) -> case`; of flat minima with a radius."""
 
-  def make(axis_name):
-    parts, more = [], {'engine': engine, **options}
-    if make_method is not None:
-      aggregator = make_method(num_tasks=2, axis_name=axis_name)
-      if rho is None:
-        wrapped = mtl_jax.shared_only(aggregator, _names())
-      else:
-        wrapped = mtl_jax.flat_minima(
-          aggregator,
-          _names(),
-          rho,
-          perturbation=perturbation if axis_name else 'global',
-        )
-      parts.append(wrapped)
-      more['extra_batches'] = wrapped.extra_batches
-    tx = optax.chain(*parts, optax.sgd(0.1))
-    return mtl_jax.skip_nonfinite(tx), more
+  def make(axis_name, its_model):
+    aggregator = make_method(num_tasks=2, axis_name=axis_name)
+    if rho is None:
+      tx = mtl_jax.shared_only(aggregator, digits.names())
+    else:
+      tx = mtl_jax.flat_minima(
+        aggregator,
+        digits.names(),
+        rho,
+        perturbation=perturbation if axis_name else 'global',
+      )
+    return _case(mtl_jax.stack_update(tx), axis_name, its_model, **options)
 
   return make
 
 
-FAMO = mtl_jax.famo(gamma=0.1)
-CASES = {
-  'pcgrad': _case(mtl_jax.pcgrad, micro_batches=2),
-  'f_imtl_g': _case(mtl_jax.imtl_g, rho=0.3, engine='scan'),
-  'modo': _case(functools.partial(mtl_jax.modo, gamma=0.5)),
-  'famo': _case(weighting=FAMO, micro_batches=2),
-}
-
-
-def _model(batch_norm_axis=None):
-  return models.make_model(
-    _Normalised(batch_norm_axis=batch_norm_axis), _problem().tasks
+def _case(joint, axis_name, its_model, **options):
+  return digits.case(
+    joint,
+    mtl_jax.skip_nonfinite(optax.sgd(0.1)),
+    its_model=its_model,
+    axis_name=axis_name,
+    **options,
   )
 
 
-def _start(cases):
-  found = {}
-  for name, case in cases.items():
-    tx, options = case(None)
-    found[name] = steps.init_state(
-      _problem(),
-      _model(),
-      tx,
-      seed=0,
-      batch=_batch(),
-      weighting=options.get('weighting'),
-    )
-  return found
+def _famo(axis_name, its_model):
+  joint = mtl_jax.weighted_update(mtl_jax.famo(gamma=0.1), digits.names())
+  return _case(joint, axis_name, its_model, micro_batches=2)
+
+
+CASES = {
+  'pcgrad': _stack(mtl_jax.pcgrad, micro_batches=2),
+  'f_imtl_g': _stack(mtl_jax.imtl_g, rho=0.3, engine='scan'),
+  'modo': _stack(functools.partial(mtl_jax.modo, gamma=0.5)),
+  'famo': _famo,
+}
 
 
 def _run(cases, *, axis_name, batch_norm='global', count=2):
   """States and metrics of all cases after some steps: one program for all."""
-  model = _model(axis_name if batch_norm == 'global' else None)
-
-  def step(states, batch):
-    found = {}
-    for name, case in cases.items():
-      tx, options = case(axis_name)
-      one = steps.make_train_step(
-        _problem(), model, tx, axis_name=axis_name, **options
-      )
-      found[name] = one(states[name], batch)
-    return (
-      {name: state for name, (state, _) in found.items()},
-      {name: metrics for name, (_, metrics) in found.items()},
-    )
-
-  states, batch = _start(cases), _batch()
-  if axis_name is not None:
+  alone = {
+    name: make(None, digits.normalised()) for name, make in cases.items()
+  }
+  states, batch = digits.start(alone, _batch()), _batch()
+  if axis_name is None:
+    step = digits.step_of(alone)
+  else:
+    along = axis_name if batch_norm == 'global' else None
+    its_model = digits.normalised(axis_name=along)
+    own = {name: make(axis_name, its_model) for name, make in cases.items()}
     mesh = distributed.make_mesh()
-    step = replicas.per_device(step, mesh)
+    step = sharding.per_device(digits.step_of(own), mesh)
     batch = distributed.put_batch(batch, mesh)
   step = quick_compile.jit(step)
   for _ in range(count):
@@ -152,41 +106,27 @@ def _run(cases, *, axis_name, batch_norm='global', count=2):
 
 
 @pytest.fixture(scope='module')
-def with_jit():
-  return _run(CASES, axis_name=None)
-
-
-@pytest.fixture(scope='module')
 def with_replicas():
   return _run(CASES, axis_name='data')
 
 
-@pytest.mark.parametrize('name', CASES)
-def test_replicas_take_the_step_of_the_whole_batch(
-  with_jit, with_replicas, name
-):
+def test_replicas_take_the_step_of_the_whole_batch(with_replicas):
   """Where neither the perturbation nor BatchNorm is theirs."""
-  (states, metrics), (expected, right) = with_replicas, with_jit
-  test_step._close(
-    _numbers(states[name]), _numbers(expected[name]), rtol=2e-5, atol=2e-6
+  (states, metrics), (expected, right) = (
+    with_replicas,
+    _run(CASES, axis_name=None),
   )
-  test_step._close(metrics[name], right[name], rtol=2e-5, atol=2e-6)
+  for name in CASES:
+    digits.close(states[name], expected[name], err_msg=name)
+    digits.close(metrics[name], right[name], err_msg=name)
 
 
-@pytest.mark.parametrize('name', CASES)
-def test_all_devices_have_the_same_state(with_replicas, name):
-  for leaf in jax.tree.leaves(_numbers(with_replicas[0][name])):
+def test_all_devices_have_the_same_state(with_replicas):
+  for leaf in jax.tree.leaves(digits.numbers(with_replicas[0])):
     pieces = [np.asarray(shard.data) for shard in leaf.addressable_shards]
     assert len(pieces) == DEVICES
     for piece in pieces:
       np.testing.assert_array_equal(piece, pieces[0])
-
-
-def _numbers(tree):
-  is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-  return jax.tree.map(
-    lambda x: jax.random.key_data(x) if is_key(x) else x, tree
-  )
 
 
 def _slices(tree):
@@ -202,16 +142,18 @@ def _one_by_one():
   Returns:
     parameters, the model's state and the losses {task: number}.
   """
-  model, radius, rate = _model(), 0.3, 0.1
-  start = _start({'mgda': _case(mtl_jax.mgda, rho=0.3)})['mgda']
+  model, radius, rate = digits.normalised(), 0.3, 0.1
+  start = digits.start(
+    {'mgda': _stack(mtl_jax.mgda, rho=0.3)(None, model)}, _batch()
+  )['mgda']
   as_numpy = functools.partial(jax.tree.map, np.asarray)
-  params, names = as_numpy(start.params), _names()
+  params, names = as_numpy(start.params), digits.names()
   counts = [float(_batch()['mask'][task].sum()) for task in names]
 
   @quick_compile.jit
   def of_slice(task_params, piece):
     """The slice's part of each loss and its gradient, by task; statistics."""
-    piece = _problem().preprocess(piece)
+    piece = digits.problem().preprocess(piece)
 
     def part(params, task, count):
       predictions, state = model.apply(
@@ -279,7 +221,7 @@ def _one_by_one():
 
 def test_own_perturbations_and_statistics_are_those_of_the_slices():
   cases = {
-    name: _case(mtl_jax.mgda, rho=0.3, perturbation=name)
+    name: _stack(mtl_jax.mgda, rho=0.3, perturbation=name)
     for name in ('per_device', 'global')
   }
   states, metrics = _run(
@@ -287,88 +229,69 @@ def test_own_perturbations_and_statistics_are_those_of_the_slices():
   )
   params, model_state, found = _one_by_one()
   own = states['per_device']
-  test_step._close(own.params, params, rtol=2e-4, atol=1e-5)
-  test_step._close(own.model_state, model_state, rtol=1e-5, atol=1e-6)
-  for task in _names():
+  digits.close(own.params, params, rtol=2e-4, atol=1e-5)
+  digits.close(own.model_state, model_state, rtol=1e-5, atol=1e-6)
+  for task in digits.names():
     np.testing.assert_allclose(
       metrics['per_device'][f'{task}/loss'], found[task], rtol=1e-5
     )
   # The same statistics and another perturbation is another step.
-  test_step._close(
-    states['global'].model_state, model_state, rtol=1e-5, atol=1e-6
-  )
+  digits.close(states['global'].model_state, model_state, rtol=1e-5, atol=1e-6)
   apart = optax.tree.sub(states['global'].params, params)
   assert optax.tree.norm(apart) > 1e-3
 
 
 def test_replicas_drop_the_same_units_in_both_passes():
   # With radius 0 both passes differ by their masks alone, if at all.
-  case = _case(mtl_jax.linear, rho=0.0, perturbation='per_device')
-  model = test_step._model('mlp', widths=(32,), dropout=0.5)
-  state = steps.init_state(
-    _problem(), model, case(None)[0], seed=0, batch=_batch()
-  )
-  tx, options = case('data')
-  step = steps.make_train_step(
-    _problem(), model, tx, axis_name='data', **options
-  )
-  mesh = distributed.make_mesh()
-  step = quick_compile.jit(replicas.per_device(step, mesh))
-  _, metrics = step(state, _batch())
+  make = _stack(mtl_jax.linear, rho=0.0, perturbation='per_device')
+  its_model = digits.model('mlp', widths=(32,), dropout=0.5)
+  states = digits.start({'linear': make(None, its_model)}, _batch())
+  step = digits.step_of({'linear': make('data', its_model)})
+  step = quick_compile.jit(sharding.per_device(step, distributed.make_mesh()))
+  metrics = step(states, _batch())[1]['linear']
   assert metrics['task_1/gradient_norm'] > 0.1
   assert metrics['task_1/flat_gradient_norm'] < 1e-5
 
 
 def test_every_replica_has_a_key_of_its_own():
-  own = lambda: replicas.Replicas('data').own_key(jax.random.key(0))[None]
+  def apply(params, state, batch, *, train, key):
+    del params, state, train
+    rows = batch['image'].shape[0]
+    predictions = dict.fromkeys(digits.names(), jnp.zeros((rows, 10)))
+    return predictions, jax.random.key_data(key)
+
+  objective = objectives.objective(
+    digits.problem(), types.Model(None, apply), axis_name='data'
+  )
+
+  def own(batch):
+    _, aux = objective.loss_fn({}, batch, (), jax.random.key(0))
+    return aux.mean[None]
+
   keys = jax.shard_map(
     own,
     mesh=distributed.make_mesh(),
-    in_specs=(),
+    in_specs=jax.sharding.PartitionSpec('data'),
     out_specs=jax.sharding.PartitionSpec('data'),
-  )()
-  assert len(np.unique(jax.random.key_data(keys), axis=0)) == DEVICES
-
-
-def test_a_bilevel_weighting_is_refused_on_replicas():
-  with pytest.raises(ValueError, match=r"parallel\.batch_norm.*'data'"):
-    steps.make_train_step(
-      _problem(),
-      _model(),
-      optax.sgd(0.1),
-      weighting=mtl_jax.auto_lambda(),
-      axis_name='data',
-    )
+  )(_batch())
+  assert len(np.unique(keys, axis=0)) == DEVICES
 
 
 def test_gradients_that_are_summed_already_are_refused():
   # As shard_map(check_vma=True) sums those of replicated parameters.
-  tx = optax.sgd(0.1)
-  step = steps.make_train_step(
-    _problem(),
-    _model(),
-    tx,
-    weighting=mtl_jax.equal_weights(),
-    axis_name=distributed.DATA_AXIS,
-  )
-  state = steps.init_state(
-    _problem(),
-    _model(),
-    tx,
-    seed=0,
-    batch=_batch(),
-    weighting=mtl_jax.equal_weights(),
-  )
+  joint = mtl_jax.weighted_update(mtl_jax.equal_weights(), digits.names())
+  make = lambda axis_name: {'equal': digits.case(joint, axis_name=axis_name)}
   spec = jax.sharding.PartitionSpec
   checked = jax.shard_map(
-    step,
+    digits.step_of(make(distributed.DATA_AXIS)),
     mesh=distributed.make_mesh(),
     in_specs=(spec(), spec(distributed.DATA_AXIS)),
     out_specs=spec(),
     check_vma=True,
   )
+  states = digits.start(make(None), _batch())
   with pytest.raises(ValueError, match='summed over devices already'):
-    jax.eval_shape(checked, state, _batch())
+    jax.eval_shape(checked, states, _batch())
 
 
 @pytest.mark.parametrize('name', registry._TRUNKS)
@@ -395,7 +318,7 @@ def test_statistics_of_a_resnet_along_an_axis_are_those_of_the_batch():
     out_specs=(rows, jax.sharding.PartitionSpec()),
   )
   one = functools.partial(run, small())
-  test_step._close(
+  digits.close(
     quick_compile.jit(along)(image),
     quick_compile.jit(one)(image),
     rtol=1e-3,
@@ -403,10 +326,11 @@ def test_statistics_of_a_resnet_along_an_axis_are_those_of_the_batch():
   )
 
 
-def _config(method='f_linear', *, perturbation='global', **parallel):
+def _config(
+  method='f_linear', *, perturbation='global', engine='unroll', **parallel
+):
   config = multi_digits.get_config(f'runlocal,method={method}')
-  config.perturbation = perturbation
-  config.engine = 'unroll'
+  config.perturbation, config.engine = perturbation, engine
   with config.unlocked():
     config.parallel.update(parallel)
   return config
@@ -428,7 +352,7 @@ def test_configs_choose_what_is_global_and_what_is_of_each_device():
   )
   same = distributed.put_batch(same, made[0].mesh)
   expected, actual = (e.step(e.init(), same).train for e in made)
-  test_step._close(actual.params, expected.params, rtol=1e-3, atol=1e-5)
+  digits.close(actual.params, expected.params, rtol=1e-3, atol=1e-5)
   expected, other = (e.step(e.init(), batch).train for e in made)
   apart = jax.tree.map(
     lambda a, b: np.abs(a - b).max(), other.params, expected.params
@@ -450,12 +374,16 @@ def test_configs_choose_what_is_global_and_what_is_of_each_device():
       r"parallel\.batch_norm='per_device'.*parallel\.task_devices.*2",
     ),
     (
-      {'task_devices': 2, 'method': 'equal'},
-      r'parallel\.task_devices.*a loss weighting.*got 2',
+      {'task_devices': 2, 'method': 'equal', 'engine': 'vmap'},
+      r'a weighted loss needs.*with parallel\.task_devices=2',
     ),
     (
       {'task_devices': 2, 'method': 'stl'},
       r"parallel\.task_devices.*model\.sharing.*2 and 'separate'",
+    ),
+    (
+      {'batch_norm': 'per_device', 'method': 'auto_lambda'},
+      "bilevel_update needs a look-ahead.*axis_name='data'.*per_device",
     ),
     (
       {'perturbation': 'per_device', 'method': 'mgda'},
