@@ -24,6 +24,7 @@ from mtl_jax import types
 from mtl_jax.data import synthetic
 from mtl_jax.losses import classification as losses
 from mtl_jax.metrics import classification as metrics
+from mtl_jax.train import objective as objectives
 from mtl_jax.train import step as step_lib
 
 NUM_CLASSES = 10
@@ -164,58 +165,48 @@ def model_of(case: Case, dtype: str = 'float32') -> types.Model:
   """The model; in another dtype it casts float32 parameters and images."""
   trunk = models.by_name(case.model, **case.options)
   model = models.make_model(trunk, problem_of(case).tasks)
-  if dtype == 'float32':
-    return model
-
-  def apply(params, model_state, batch, **keywords):
-    low = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
-    predictions, new_state = model.apply(
-      low(params),
-      model_state,
-      {**batch, 'image': low(batch['image'])},
-      **keywords,
-    )
-    # Losses, and the statistics of BatchNorm, stay in float32.
-    predictions = jax.tree.map(lambda x: x.astype(jnp.float32), predictions)
-    return predictions, jax.tree.map(
-      lambda new, old: new.astype(old.dtype), new_state, model_state
-    )
-
-  return types.Model(model.init, apply)
+  return models.in_dtype(model, dtype)
 
 
 def initial_params(case: Case) -> types.Params:
   """The initial parameters of all variants of a case, NumPy arrays."""
-  problem, model = problem_of(case), model_of(case)
-  state = step_lib.init_state(
-    problem, model, optax.identity(), seed=0, batch=batch_of(case)
-  )
-  return jax.tree.map(np.asarray, state.params)
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  params, _ = model_of(case).init(key, batch_of(case))
+  return jax.tree.map(np.asarray, params)
 
 
-def optimizer_of(
-  method: str, names: tuple[str, ...]
-) -> tuple[optax.GradientTransformation, Any]:
-  """The transformation of a method with Adam after it, and its weighting."""
-  adam = optax.adam(LEARNING_RATE)
-  if method == 'plain':
-    return adam, mtl_jax.equal_weights()
-  inner = 'linear' if method == 'sam' else method.removeprefix('flat ')
+def joint_update_of(spec: Spec, names: tuple[str, ...]) -> mtl_jax.JointUpdate:
+  """The joint update of a variant's method."""
+  if spec.method == 'plain':
+    return mtl_jax.weighted_update(mtl_jax.equal_weights(), names)
+  inner = 'linear' if spec.method == 'sam' else spec.method.split()[-1]
   aggregator = AGGREGATORS[inner](num_tasks=len(names))
-  if is_flat(method):
-    norm = 'joint' if method == 'sam' else 'separate'
-    aggregator = mtl_jax.flat_minima(aggregator, names, RHO, norm=norm)
+  norm = 'joint' if spec.method == 'sam' else 'separate'
+  if spec.engine == 'ghost':
+    flat = (
+      mtl_jax.Perturbation(RHO, norm=norm) if is_flat(spec.method) else None
+    )
+    return mtl_jax.ghost_update(aggregator, names, flat=flat)
+  if is_flat(spec.method):
+    tx = mtl_jax.flat_minima(aggregator, names, RHO, norm=norm)
   else:
-    aggregator = mtl_jax.shared_only(aggregator, names)
-  return optax.chain(aggregator, adam), None
+    tx = mtl_jax.shared_only(aggregator, names)
+  return mtl_jax.stack_update(tx)
 
 
 def ours(case: Case, spec: Spec) -> Variant:
   """The compiled train step, with its state donated as in training."""
   problem = problem_of(case)
   batch = jax.tree.map(jnp.asarray, batch_of(case))
-  make = _ghost_step if spec.engine == 'ghost' else _train_step
-  step, state = make(case, spec, problem, batch)
+  model, names = model_of(case, spec.dtype), problem.task_names
+  losses = mtl_jax.task_losses(
+    objectives.objective(problem, model),
+    names,
+    engine='auto' if spec.engine == 'ghost' else spec.engine,
+  )
+  joint, adam = joint_update_of(spec, names), optax.adam(LEARNING_RATE)
+  step = step_lib.make_train_step(problem, losses, joint, adam)
+  state = step_lib.init_state(problem, model, joint, adam, seed=0, batch=batch)
   compiled, facts = compile_step(step, state, batch)
   held = {'state': state, 'metrics': {}}
 
@@ -235,50 +226,6 @@ def ours(case: Case, spec: Spec) -> Variant:
     )
 
   return Variant(spec, first, run, facts)
-
-
-def _train_step(case, spec, problem, batch):
-  model = model_of(case, spec.dtype)
-  tx, weighting = optimizer_of(spec.method, problem.task_names)
-  step = step_lib.make_train_step(
-    problem, model, tx, engine=spec.engine, weighting=weighting
-  )
-  state = step_lib.init_state(
-    problem, model, tx, seed=0, batch=batch, weighting=weighting
-  )
-  return step, state
-
-
-def _ghost_step(case, spec, problem, batch):
-  """The same update by `ghost_update`, for models without state."""
-  model, names = model_of(case, spec.dtype), problem.task_names
-
-  def loss_fn(params, dense, batch):
-    with models.intercept_dense(dense, params['shared']):
-      predictions, _ = model.apply(params, {}, batch, train=True)
-    return step_lib.task_losses(problem, predictions, batch)
-
-  gradients = mtl_jax.ghost_update(
-    loss_fn,
-    AGGREGATORS[spec.method.removeprefix('flat ')](num_tasks=case.tasks),
-    names,
-    rho=RHO if is_flat(spec.method) else None,
-  )
-  adam = optax.adam(LEARNING_RATE)
-
-  def step(state, batch):
-    inner, opt_state = state.opt_state
-    (losses, _), grads, inner = gradients.update(state.params, inner, batch)
-    updates, opt_state = adam.update(grads, opt_state, state.params)
-    state = state._replace(
-      params=optax.apply_updates(state.params, updates),
-      opt_state=(inner, opt_state),
-    )
-    return state, {f'{t}/loss': losses[i] for i, t in enumerate(names)}
-
-  state = step_lib.init_state(problem, model, adam, seed=0, batch=batch)
-  inner = gradients.init(state.params)
-  return step, state._replace(opt_state=(inner, state.opt_state))
 
 
 def compile_step(step, state, batch) -> tuple[Callable[..., Any], dict]:
@@ -301,7 +248,7 @@ def forward_flops(case: Case) -> float:
 
   def forward(params, model_state, batch):
     predictions, _ = model.apply(params, model_state, batch, train=True)
-    return step_lib.task_losses(problem, predictions, batch)
+    return objectives.task_losses(problem, predictions, batch)
 
   return _flops(jax.jit(forward).lower(params, model_state, batch).compile())
 

@@ -55,6 +55,7 @@ import mtl_jax
 from mtl_jax import models
 from mtl_jax.problems import pairs
 from mtl_jax.train import distributed
+from mtl_jax.train import objective as objectives
 from mtl_jax.train import sharding
 from mtl_jax.train import step as steps
 
@@ -101,13 +102,19 @@ def compiled_step(problem, model, mode, kind):
     aggregator = mtl_jax.flat_minima(aggregator, names, 0.05)
   else:
     aggregator = mtl_jax.shared_only(aggregator, names)
-  tx = optax.chain(aggregator, optax.adam(1e-3))
-  engine = 'vmap' if task_devices > 1 else 'unroll'
-  step = steps.make_train_step(problem, model, tx, engine=engine, layout=layout)
+  losses = layout.around(
+    mtl_jax.task_losses(
+      objectives.objective(problem, model),
+      names,
+      engine='vmap' if task_devices > 1 else 'unroll',
+    )
+  )
+  joint, adam = mtl_jax.stack_update(aggregator), optax.adam(1e-3)
+  step = steps.make_train_step(problem, losses, joint, adam)
   source = problem.load('train', kind='synthetic')
   batch = source.__getitems__(range(BATCH))
   state = jax.eval_shape(
-    lambda: steps.init_state(problem, model, tx, seed=0, batch=batch)
+    lambda: steps.init_state(problem, model, joint, adam, seed=0, batch=batch)
   )
   shards = layout.of_state(state)
   with mock.patch.object(jax, 'default_backend', lambda: 'gpu'):

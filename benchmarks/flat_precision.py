@@ -24,6 +24,7 @@ import optax
 import mtl_jax
 from mtl_jax import models
 from mtl_jax import problems
+from mtl_jax.train import objective as objectives
 from mtl_jax.train import radius
 from mtl_jax.train import step as steps
 
@@ -38,7 +39,7 @@ def flat_gradients(problem, model):
 
     def loss_fn(params):
       predictions, _ = model.apply(params, model_state, batch, train=True)
-      return steps.task_losses(problem, predictions, batch)
+      return objectives.task_losses(problem, predictions, batch)
 
     at, at_each = mtl_jax.task_grad(loss_fn, problem.task_names)
     (losses, _), grads = at(params)
@@ -65,13 +66,12 @@ def flat_gradients(problem, model):
 def trained(problem, model, batches, seed):
   """The states before and after training on the batches."""
   names = problem.task_names
-  tx = optax.chain(
-    mtl_jax.shared_only(mtl_jax.linear(num_tasks=len(names)), names),
-    optax.adam(1e-3),
-  )
-  step = jax.jit(steps.make_train_step(problem, model, tx))
+  losses = mtl_jax.task_losses(objectives.objective(problem, model), names)
+  joint = mtl_jax.weighted_update(mtl_jax.equal_weights(), names)
+  adam = optax.adam(1e-3)
+  step = jax.jit(steps.make_train_step(problem, losses, joint, adam))
   first = state = steps.init_state(
-    problem, model, tx, seed=seed, batch=batches[0]
+    problem, model, joint, adam, seed=seed, batch=batches[0]
   )
   for batch in batches:
     state, _ = step(state, batch)

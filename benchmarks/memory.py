@@ -14,6 +14,7 @@ from collections.abc import Callable
 import json
 import pathlib
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +28,26 @@ _METHODS = ('linear', 'pcgrad', 'cagrad')
 _ENGINES = ('scan', 'unroll', 'vmap')
 
 
-def _features(params, x):
+def _features(params, batch):
+  x = batch['x']
   for kernel in params['shared'].values():
     x = jnp.tanh(x @ kernel)
   return x
 
 
-def _losses(params, features):
+def _losses(params, features, batch):
+  del batch
   return {
     task: jnp.mean((features @ head) ** 2)
     for task, head in params['heads'].items()
   }
 
 
-def _loss_fn(params, x):
-  return _losses(params, _features(params, x))
+_OBJECTIVE = mtl_jax.Objective(
+  lambda params, batch: _losses(params, _features(params, batch), batch),
+  _features,
+  _losses,
+)
 
 
 def _parameters(names):
@@ -54,89 +60,74 @@ def _parameters(names):
   }
 
 
-def _of_stack(names, method, flat, engine):
-  at, at_each = mtl_jax.task_grad(_loss_fn, names, engine=engine)
+def _of_stack(names, method, flat):
   aggregator = getattr(mtl_jax, method)(num_tasks=len(names))
   if flat:
-    tx = mtl_jax.flat_minima(aggregator, names, 0.05)
-  else:
-    tx = mtl_jax.shared_only(aggregator, names)
-
-  def update(params, state, x, active):
-    (losses, _), grads = at(params, x)
-    return tx.update(
-      grads,
-      state,
-      params,
-      losses=losses,
-      active=active,
-      grad_fn=lambda moved: at_each(moved, x)[1],
-    )
-
-  return tx.init, update
+    return mtl_jax.stack_update(mtl_jax.flat_minima(aggregator, names, 0.05))
+  return mtl_jax.stack_update(mtl_jax.shared_only(aggregator, names))
 
 
 def _of_pairs(names, method, flat):
-  step = mtl_jax.gram_update(
-    _loss_fn,
+  return mtl_jax.gram_update(
     getattr(mtl_jax, method)(),
     names,
-    rho=0.05 if flat else None,
+    flat=mtl_jax.Perturbation(0.05) if flat else None,
   )
-
-  def update(params, state, x, active):
-    return step.update(params, state, x, active=active)[1:]
-
-  return step.init, update
 
 
 def _of_features(names, method):
-  step = mtl_jax.feature_update(
-    _features,
-    lambda params, features, x: _losses(params, features),
-    getattr(mtl_jax, method)(),
-    names,
-  )
-
-  def update(params, state, x, active):
-    return step.update(params, state, x, active=active)[1:]
-
-  return lambda params: step.init(params, jnp.zeros((_ROWS, _WIDTH))), update
+  return mtl_jax.feature_update(getattr(mtl_jax, method)(), names)
 
 
-def _modes(names) -> dict[str, tuple[Callable[..., Any], float]]:
-  """`{(mode, kind): (method -> (init, update), promised copies)}`."""
+class _Mode(NamedTuple):
+  """A way to evaluate an update.
+
+  Attributes:
+    engine: see `mtl_jax.task_losses`.
+    make: `method -> JointUpdate`.
+    promise: the largest number of copies that it promises; None without one.
+  """
+
+  engine: str
+  make: Callable[[str], mtl_jax.JointUpdate]
+  promise: int | None
+
+
+def _modes(names) -> dict[tuple[str, bool], _Mode]:
+  """The modes by name and kind of update, flat or not."""
   tasks = len(names)
-  modes: dict[Any, Any] = {}
+  modes = {}
   for engine in _ENGINES:
     for flat in (False, True):
       promise = None
       if engine == 'scan':
         promise = 2 * tasks + 3 if flat else tasks + 2
-      modes[f'stack, {engine}', flat] = (
-        lambda method, flat=flat, engine=engine: _of_stack(
-          names, method, flat, engine
-        ),
-        promise,
-      )
+      make = lambda method, flat=flat: _of_stack(names, method, flat)
+      modes[f'stack, {engine}', flat] = _Mode(engine, make, promise)
   for flat in (False, True):
-    modes['gram_update', flat] = (
-      lambda method, flat=flat: _of_pairs(names, method, flat),
-      4 if flat else 2,
-    )
-  modes['feature_update', False] = (
-    lambda method: _of_features(names, method),
-    1,
-  )
+    make = lambda method, flat=flat: _of_pairs(names, method, flat)
+    modes['gram_update', flat] = _Mode('auto', make, 4 if flat else 2)
+  make = lambda method: _of_features(names, method)
+  modes['feature_update', False] = _Mode('auto', make, 1)
   return modes
 
 
-def _copies(init, update, params, tasks):
+def _copies(joint, engine, names):
   """Temporary memory of the compiled update, over the shared parameters'."""
-  x = jax.ShapeDtypeStruct((_ROWS, _WIDTH), jnp.float32)
-  active = jax.ShapeDtypeStruct((tasks,), bool)
-  state = jax.eval_shape(init, params)
-  compiled = jax.jit(update).lower(params, state, x, active).compile()
+  losses = mtl_jax.task_losses(_OBJECTIVE, names, engine=engine)
+
+  def update(params, state, batch):
+    found, state = joint.update(losses.on(batch), params, state)
+    return found.grads, state
+
+  rows = jax.ShapeDtypeStruct((_ROWS,), jnp.float32)
+  batch = {
+    'x': jax.ShapeDtypeStruct((_ROWS, _WIDTH), jnp.float32),
+    'mask': dict.fromkeys(names, rows),
+  }
+  params = _parameters(names)
+  state = jax.eval_shape(joint.init, params)
+  compiled = jax.jit(update).lower(params, state, batch).compile()
   shared = jax.tree.leaves(params['shared'])
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in shared)
   return compiled.memory_analysis().temp_size_in_bytes / size
@@ -147,16 +138,14 @@ def measure(task_counts=_TASKS) -> list[dict[str, Any]]:
   rows = []
   for tasks in task_counts:
     names = tuple(f'task_{i}' for i in range(tasks))
-    params = _parameters(names)
-    for (mode, flat), (make, promise) in _modes(names).items():
+    for (mode, flat), (engine, make, promise) in _modes(names).items():
       found = {}
       for method in _METHODS:
         # vmap and pairs with many tasks compile long and show nothing new.
         if tasks > _TASKS[1] and mode != 'stack, scan':
           continue
-        init, update = make(method)
         found[method] = timing.significant(
-          _copies(init, update, params, tasks), 3
+          _copies(make(method), engine, names), 3
         )
       if found:
         rows.append(
@@ -193,7 +182,7 @@ def main():
   result = {
     'what': 'temporary memory of one compiled update, in copies of the shared '
     f'parameters; perceptron of {_LAYERS} layers of {_WIDTH}x{_WIDTH}, '
-    f'{_ROWS} rows, float32, with `active`',
+    f'{_ROWS} rows, float32, with masks',
     'machine': timing.machine(),
     'rows': measure(),
   }

@@ -9,7 +9,7 @@ import optax
 
 from benchmarks import cases
 from mtl_jax import types
-from mtl_jax.train import step as step_lib
+from mtl_jax.train import objective as objectives
 
 
 class _State(NamedTuple):
@@ -48,7 +48,7 @@ def variant(
 
   def loss_fn(params, batch):
     predictions, _ = model.apply(params, model_state, batch, train=True)
-    return step_lib.task_losses(problem, predictions, batch)['task_0']
+    return objectives.task_losses(problem, predictions, batch)['task_0']
 
   def step(state, batch):
     loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)

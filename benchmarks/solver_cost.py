@@ -28,6 +28,7 @@ from benchmarks import timing
 import mtl_jax
 from mtl_jax import models
 from mtl_jax import problems
+from mtl_jax.train import objective as objectives
 from mtl_jax.train import step as step_lib
 
 METHODS = {
@@ -103,12 +104,12 @@ def compiled_step(size, batch_size):
     },
     'mask': {task: jnp.ones(batch_size) for task in problem.task_names},
   }
-  tx = optax.chain(
-    mtl_jax.shared_only(mtl_jax.linear(), problem.task_names),
-    optax.adam(1e-3),
-  )
-  step = step_lib.make_train_step(problem, model, tx)
-  state = step_lib.init_state(problem, model, tx, seed=0, batch=batch)
+  names = problem.task_names
+  losses = mtl_jax.task_losses(objectives.objective(problem, model), names)
+  joint = mtl_jax.stack_update(mtl_jax.shared_only(mtl_jax.linear(), names))
+  adam = optax.adam(1e-3)
+  step = step_lib.make_train_step(problem, losses, joint, adam)
+  state = step_lib.init_state(problem, model, joint, adam, seed=0, batch=batch)
   compiled = jax.jit(step).lower(state, batch).compile()
   return compiled, (state, batch)
 
