@@ -35,7 +35,7 @@ class Pass(NamedTuple):
 def together(aux):
   """Aux with leading axes for slices, averaged or added up over them."""
   return Aux(
-    jax.tree.map(lambda x: jnp.mean(x, axis=0), aux.mean),
+    jax.tree.map(lambda x: jnp.mean(x, axis=0).astype(x.dtype), aux.mean),
     jax.tree.map(lambda x: jnp.sum(x, axis=0), aux.sum),
   )
 
@@ -51,16 +51,17 @@ def merged(first, second):
   )
 
 
-def pair_of(fn):
-  """The function with an `Aux`, which may be empty."""
+def pair_of(fn, name='losses'):
+  """The function of losses, or of features, with an `Aux` in any case."""
 
   def pair(*args):
     out = fn(*args)
-    if not isinstance(out, tuple):
+    with_aux = isinstance(out, tuple) and out and isinstance(out[-1], Aux)
+    if not with_aux and (name != 'losses' or not isinstance(out, tuple)):
       return out, Aux()
-    if len(out) != 2 or not isinstance(out[1], Aux):
+    if not with_aux or len(out) != 2:
       raise ValueError(
-        'loss_fn must return losses, or (losses, Aux(mean=..., sum=...)); got '
+        f'loss_fn must return {name}, or ({name}, Aux(mean=..., sum=...)); got '
         f'a tuple of {tuple(type(x).__name__ for x in out)}'
       )
     return out

@@ -43,7 +43,7 @@ def accumulated(
 
     def scaled(share, leaf, label, owner):
       if label == labels.FROZEN:
-        return leaf
+        return ()  # Zero, and perhaps nothing that can be added up.
       share = algebra.row(share, leaf) if owner is None else share[owner]
       # The loss of a task without labels in this slice may be anything.
       wide = leaf.astype(algebra.wide(leaf.dtype))
@@ -70,9 +70,11 @@ def accumulated(
     start = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, *first)[0])
     (losses, leaves), aux = jax.lax.scan(step, start, (pieces, shares))
     # Sums of many numbers in half precision would lose the last ones.
-    dtypes = [x.dtype for x in partition.leaves(params)]
     grads = partition.tree(
-      [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
+      [
+        jnp.zeros_like(p) if isinstance(x, tuple) else x.astype(p.dtype)
+        for x, p in zip(leaves, partition.leaves(params), strict=True)
+      ]
     )
     return losses, aux, grads
 

@@ -67,7 +67,8 @@ class Owned:
       dependencies.check_independent(
         f"the loss of task {names[i]!r} must not depend on another task's head "
         "(a leaf that several tasks use is shared: label it 'shared' in "
-        'param_labels)',
+        'param_labels; one custom_vjp for all losses hides what each of them '
+        'uses)',
         lambda others: _order.as_scalars(
           self._losses_fn(self._shared, {**self._heads, **others})[0], names
         )[i],

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
+import operator
 from typing import Any
 from typing import NamedTuple
 
@@ -37,6 +38,26 @@ class Part(NamedTuple):
   inputs: list[Any]
   results: list[Any]
   run: Callable[..., list[Any]]
+
+
+class Group(NamedTuple):
+  """The equations that the same losses need.
+
+  Attributes:
+    losses: which ones; None for all of them, or for none.
+    part: the equations.
+    out: those of its results that losses are differentiated through.
+  """
+
+  losses: list[int] | None
+  part: Part
+  out: list[Any]
+
+  def any_of(self, flags: jax.Array) -> jax.Array | None:
+    """Whether any of the losses has its flag [T] set; None if they are all."""
+    if self.losses is None:
+      return None
+    return functools.reduce(operator.or_, [flags[i] for i in self.losses])
 
 
 class Loss(NamedTuple):
@@ -162,35 +183,26 @@ class Program:
     Returns:
       The result of the function.
     """
-    known = {
-      **self._constants,
-      **dict(zip(self._jaxpr.invars, leaves, strict=True)),
-    }
-    trunk, own, rest = self._parts
-
-    def run(part, present=True):
-      values = part.run(
+    known = self._known(leaves)
+    for group in self._groups:
+      present = group.any_of(active)
+      values = group.part.run(
         *(
-          guard(known[x], present)
-          if present is not True and _smooth(x)
-          else known[x]
-          for x in part.inputs
+          known[x]
+          if present is None or not _smooth(x)
+          else guard(known[x], present)
+          for x in group.part.inputs
         )
       )
-      known.update(zip(part.results, values, strict=True))
-
-    run(trunk)
-    for i, part in enumerate(own):
-      run(part, active[i])
-    run(rest)
+      known.update(zip(group.part.results, values, strict=True))
     return self._value(known)
 
   def pull_back(self, leaves: Sequence[Any]) -> PulledBack:
     """All losses, and the gradient of a weighted sum of them.
 
     A loss whose weight is exactly 0 has no part in the gradient, even if its
-    derivatives are not finite. The equations that only its task needs are
-    pulled back separately, and their results are dropped.
+    derivatives are not finite. Equations for the same losses are pulled back
+    together, and the result is dropped if all those losses have weight 0.
 
     Args:
       leaves: the flattened arguments.
@@ -198,105 +210,109 @@ class Program:
     Returns:
       The value and its pull-back.
     """
-    invars = self._jaxpr.invars
-    known = {**self._constants, **dict(zip(invars, leaves, strict=True))}
-    trunk, own, rest = self._parts
+    known = self._known(leaves)
+    steps = []
+    for group in self._groups:
+      into = list(filter(_smooth, group.part.inputs))
 
-    def linearized(part, out):
-      """The part's pull-back from `out`, which also computes its results."""
-      into = list(filter(_smooth, part.inputs))
-
-      def run(*values):
+      def run(*values, group=group, into=into):
         env = {**known, **dict(zip(into, values, strict=True))}
-        made = part.run(*(env[x] for x in part.inputs))
-        found = dict(zip(part.results, made, strict=True))
-        return [found[x] for x in out], made
+        made = group.part.run(*(env[x] for x in group.part.inputs))
+        found = dict(zip(group.part.results, made, strict=True))
+        return [found[x] for x in group.out], made
 
-      _, pull, made = jax.vjp(run, *(known[x] for x in into), has_aux=True)
-      known.update(zip(part.results, made, strict=True))
-      return lambda cotangents: zip(into, pull(cotangents), strict=True)
-
-    crossing = list(filter(_smooth, trunk.results))
-    of_trunk = linearized(trunk, crossing)
-    of_own = [
-      linearized(part, [loss] if loss in part.results else [])
-      for part, loss in zip(own, self._losses, strict=True)
-    ]
-    known.update(
-      zip(rest.results, rest.run(*(known[x] for x in rest.inputs)), strict=True)
-    )
+      _, own, made = jax.vjp(run, *(known[x] for x in into), has_aux=True)
+      known.update(zip(group.part.results, made, strict=True))
+      steps.append((group, into, own))
 
     def pull(weights):
+      zero = lambda x: jnp.zeros_like(known[x])
       totals: dict[Any, jax.Array] = {}
 
-      def add(cotangents):
-        for x, cotangent in cotangents:
-          totals[x] = totals[x] + cotangent if x in totals else cotangent
+      def add(x, cotangent):
+        totals[x] = totals[x] + cotangent if x in totals else cotangent
 
+      used = weights != 0
+      for i, loss in enumerate(self._losses):
+        if not _fixed(loss):
+          weight = jnp.where(used[i], weights[i], 0).astype(loss.aval.dtype)
+          # Zeros vary over the mapped axes that the loss does.
+          if self.separable:
+            add(loss, zero(loss) + weight.reshape(loss.aval.shape))
+          else:
+            add(loss, zero(loss).at[i].set(weight))
       # From the last to the first, in the order of a derivative of the whole.
-      for i in reversed(range(len(own))):
-        loss = self._losses[i]
-        if _fixed(loss):
-          continue
-        used = weights[i] != 0
-        weight = jnp.where(used, weights[i], 0).astype(loss.aval.dtype)
-        # They vary over the mapped axes that the loss does.
-        zeros = jnp.zeros_like(known[loss])
-        if self.separable:
-          weight = zeros + weight.reshape(loss.aval.shape)
-        else:
-          weight = zeros.at[i].set(weight)
-        if loss in own[i].results:
-          add((x, jnp.where(used, c, 0)) for x, c in of_own[i]([weight]))
-        else:  # Other losses need it too.
-          add([(loss, weight)])
-      zero = lambda x: jnp.zeros_like(known[x])
-      add(
-        of_trunk([totals.pop(x) if x in totals else zero(x) for x in crossing])
-      )
-      return [totals[x] if x in totals else zero(x) for x in invars]
+      for group, into, own in reversed(steps):
+        present = group.any_of(used)
+        cotangents = own(
+          [totals.pop(x) if x in totals else zero(x) for x in group.out]
+        )
+        for x, cotangent in zip(into, cotangents, strict=True):
+          if present is not None:
+            cotangent = jnp.where(present, cotangent, 0)
+          add(x, cotangent)
+      return [totals[x] if x in totals else zero(x) for x in self._jaxpr.invars]
 
     return PulledBack(self._value(known), pull)
+
+  def _known(self, leaves):
+    given = dict(zip(self._jaxpr.invars, leaves, strict=True))
+    return {**self._constants, **given}
 
   def _value(self, known):
     leaves = [x.val if _fixed(x) else known[x] for x in self._jaxpr.outvars]
     return jax.tree.unflatten(self._structure, leaves)
 
   @functools.cached_property
-  def _parts(self) -> tuple[Part, list[Part], Part]:
-    """Equations for several losses, for one loss each, and for no loss."""
-    equations = self._jaxpr.eqns
+  def _groups(self) -> list[Group]:
+    """Equations by the losses that need them, in an order to run them in."""
     # The losses that need a variable, as the bits of a number.
     needed: dict[Any, int] = {}
     for i, loss in enumerate(self._losses):
       if not _fixed(loss):
         needed[loss] = needed.get(loss, 0) | 1 << i
-    by_tasks: dict[int, list[Any]] = {}
-    for equation in reversed(equations):
-      tasks = 0
+    by_losses: dict[int, list[Any]] = {}
+    made_by: dict[Any, int] = {}
+    for equation in reversed(self._jaxpr.eqns):
+      bits = 0
       for x in equation.outvars:
-        tasks |= needed.get(x, 0)
-      for x in equation.invars if tasks else ():
+        bits |= needed.get(x, 0)
+      for x in equation.invars if bits else ():
         if not _fixed(x):
-          needed[x] = needed.get(x, 0) | tasks
-      one = tasks.bit_count() < 2
-      by_tasks.setdefault(tasks if one else -1, []).append(equation)
-    results = {x for x in self._jaxpr.outvars if not _fixed(x)}
-    results |= {x for x in self._losses if not _fixed(x)}
-    read = {
-      tasks: {x for e in found for x in e.invars if not _fixed(x)}
-      for tasks, found in by_tasks.items()
+          needed[x] = needed.get(x, 0) | bits
+      by_losses.setdefault(bits, []).append(equation)
+      made_by.update(dict.fromkeys(equation.outvars, bits))
+    losses = {x for x in self._losses if not _fixed(x)}
+    # What one group of equations makes for another one, with a derivative.
+    passed_on = {
+      x
+      for bits, equations in by_losses.items()
+      for equation in equations
+      for x in equation.invars
+      if bits and not _fixed(x) and made_by.get(x, bits) != bits
+    }
+    wanted = losses | passed_on
+    wanted |= {x for x in self._jaxpr.outvars if not _fixed(x)}
+    wanted |= {
+      x
+      for equation in by_losses.get(0, ())
+      for x in equation.invars
+      if not _fixed(x)
     }
 
-    def part(tasks):
-      others = (x for other, x in read.items() if other != tasks)
-      wanted = results.union(*others)
-      return _part(
-        self._jaxpr, self._constants, by_tasks.get(tasks, [])[::-1], wanted
-      )
+    def group(bits):
+      part = _part(self._jaxpr, self._constants, by_losses[bits][::-1], wanted)
+      smooth = [
+        x for x in part.results if x in losses | passed_on and _smooth(x)
+      ]
+      every = bits == (1 << len(self._losses)) - 1
+      places = [i for i in range(len(self._losses)) if bits >> i & 1]
+      return Group(None if every or not bits else places, part, smooth)
 
-    own = [part(1 << i) for i in range(len(self._losses))]
-    return part(-1), own, part(0)
+    # What more losses need comes first: the needs of an equation are those of
+    # all that use its results.
+    order = sorted(by_losses, key=int.bit_count, reverse=True)
+    return [group(bits) for bits in order]
 
   def _needed(self, result):
     """The equations that a result needs, in order.

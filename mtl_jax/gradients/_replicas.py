@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.gradients import _order
+from mtl_jax.gradients import _weighted
 from mtl_jax.gradients import slices
 from mtl_jax.transforms.contract import aggregation
 
@@ -29,9 +29,12 @@ class Replicas(NamedTuple):
     """The mean over replicas, for example of losses, in the leaves' dtypes."""
     if self.axis_name is None:
       return tree
-    return jax.tree.map(
-      lambda x: jax.lax.pmean(x, self.axis_name).astype(x.dtype), tree
-    )
+
+    def mean(x):
+      x = jnp.asarray(x)
+      return jax.lax.pmean(x, self.axis_name).astype(x.dtype)
+
+    return jax.tree.map(mean, tree)
 
   def mean_gradients(self, grads: Any) -> Any:
     """The mean of gradients; raises if they are already summed."""
@@ -75,11 +78,14 @@ class Replicas(NamedTuple):
     per_label = number / jnp.where(mean > 0, mean, 1)
 
     def share_fn(params, batch, *args):
-      means, aux = loss_fn(params, batch, *args)
       factors = slices.label_counts(batch, names) * per_label
-      means = _order.in_order(means, names)
-      if isinstance(means, list):
-        return [factors[i] * mean for i, mean in enumerate(means)], aux
-      return factors * means, aux
+      # The mean of a task without labels here may be anything.
+      means, aux = _weighted.guarded(
+        loss_fn, names, factors > 0, params, batch, *args
+      )
+      return [
+        jnp.where(factors[i] > 0, factors[i] * mean, 0)
+        for i, mean in enumerate(means)
+      ], aux
 
     return share_fn

@@ -180,8 +180,9 @@ def weighted_grad(
 
   Returns:
     `WeightedGrad(losses, at)`. The loss of a task whose weight is exactly 0 has
-    no part in the gradient, even if it is NaN; a weight that is NaN makes the
-    gradient NaN.
+    no part in the gradient, even if it is NaN, unless one operation (a loop, a
+    `jax.checkpoint`) makes it together with other losses. A weight that is NaN
+    makes the gradient NaN.
 
   Raises:
     ValueError: for `micro_batches` below 1 or that does not divide the batch,

@@ -242,7 +242,7 @@ class TaskLosses:
       form='features_fn',
     )
     found = _features.at_features(
-      _aux.pair_of(self.objective.features_fn),
+      _aux.pair_of(self.objective.features_fn, 'features'),
       _aux.pair_of(self.objective.head_loss_fn),
       self.task_names,
       self.param_labels,
@@ -451,6 +451,8 @@ def combined(
     return passes[0]
   counts = jnp.stack([part.counts for part in parts])
   shares = counts / jnp.maximum(jnp.sum(counts, axis=0, keepdims=True), 1)
-  losses = jnp.sum(shares * jnp.stack([x.losses for x in passes]), axis=0)
+  stacked = jnp.stack([x.losses for x in passes])
+  # The loss of a part without labels may be anything.
+  losses = jnp.sum(jnp.where(shares > 0, shares * stacked, 0), axis=0)
   aux = jax.tree.map(lambda *x: jnp.stack(x), *(x.aux for x in passes))
   return _aux.Pass(losses, _aux.together(aux))

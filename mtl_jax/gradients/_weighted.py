@@ -45,10 +45,25 @@ def values(
   """Losses [T] from a forward pass; their derivatives skip absent tasks."""
   if active is None:
     losses, _ = loss_fn(params, *args)
-  else:
-    program = _program(loss_fn, names, params, *args)
-    losses, _ = program.values(jax.tree.leaves(params), active)
-  return jnp.stack(_order.as_scalars(losses, names))
+    return jnp.stack(_order.as_scalars(losses, names))
+  return jnp.stack(guarded(loss_fn, names, active, params, *args)[0])
+
+
+def guarded(
+  loss_fn: _order.LossFn,
+  names: tuple[str, ...],
+  active: jax.Array,
+  params: types.Params,
+  *args: Any,
+) -> tuple[list[jax.Array], Any]:
+  """The losses and aux, whose derivatives skip the tasks that are not active.
+
+  Returns:
+    T scalars in the order of the tasks, and aux.
+  """
+  program = _program(loss_fn, names, params, *args)
+  losses, aux = program.values(jax.tree.leaves(params), active)
+  return list(_order.as_scalars(losses, names)), aux
 
 
 def sliced_values(
@@ -94,10 +109,8 @@ def sliced_weighted(
     (losses, aux, _), grads = weighted(
       loss_fn, names, lambda _: (own, None), params, piece, *args
     )
-    # Sums of many numbers in half precision would lose the last ones.
-    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
     losses = jnp.where(share > 0, share * losses, 0)
-    return (losses, jax.tree.map(wide, grads)), aux
+    return (losses, [_wide(g) for g in jax.tree.leaves(grads)]), aux
 
   def step(sums, piece_and_share):
     more, aux = one(*piece_and_share)
@@ -107,9 +120,23 @@ def sliced_weighted(
   shares = slices.shares(pieces, names, weigh_slices)
   first = jax.tree.map(lambda x: x[0], (pieces, shares))
   start = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, *first)[0])
-  (losses, grads), aux = jax.lax.scan(step, start, (pieces, shares))
-  grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-  return (losses, aux, weighed), grads
+  (losses, sums), aux = jax.lax.scan(step, start, (pieces, shares))
+  leaves, structure = jax.tree.flatten(params)
+  grads = [
+    jnp.zeros_like(p) if isinstance(g, tuple) else g.astype(p.dtype)
+    for g, p in zip(sums, leaves, strict=True)
+  ]
+  return (losses, aux, weighed), jax.tree.unflatten(structure, grads)
+
+
+def _wide(grad):
+  """A gradient to be added up; empty for a leaf that has none, such as a key.
+
+  Sums of many numbers in half precision would lose the last ones.
+  """
+  if not jnp.issubdtype(grad.dtype, jnp.inexact):
+    return ()
+  return grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
 
 
 def _program(loss_fn, names, params, *args):

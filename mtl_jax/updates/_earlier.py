@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import dataclasses
 import functools
 from typing import Any
 from typing import NamedTuple
 import warnings
 
+import jax.numpy as jnp
 import optax
 
 from mtl_jax import gradients
@@ -20,7 +22,8 @@ class OfLossFn(NamedTuple):
 
   Attributes:
     init: `params -> state`.
-    update: `(params, state, *args) -> ((losses [T], aux), grads, state)`.
+    update: `(params, state, *args, active=None) -> ((losses [T], aux), grads,
+      state)`.
   """
 
   init: Callable[[Any], Any]
@@ -67,16 +70,18 @@ def _of_loss_fn(
   flat = None if rho is None else Perturbation(rho, **ball)
   joint = factory(aggregator, task_names, flat=flat, head_scale=head_scale)
 
-  def with_aux(params, *args):
-    out = loss_fn(params, *args)
-    return (out[0], gradients.Aux(mean=out[1])) if has_aux else out
+  def update(params, state, *args, active=None):
+    def with_aux(params, _):
+      out = loss_fn(params, *args)
+      return (out[0], gradients.Aux(mean=out[1])) if has_aux else out
 
-  losses = gradients.task_losses(
-    with_aux, task_names, param_labels=param_labels
-  )
-
-  def update(params, state, *args):
-    found, state = joint.update(losses.on(*(args or (None,))), params, state)
+    losses = gradients.task_losses(
+      with_aux, task_names, param_labels=param_labels
+    ).on(None)
+    if active is not None:
+      present = jnp.asarray(active).astype(jnp.float32)
+      losses = dataclasses.replace(losses, label_counts=present)
+    found, state = joint.update(losses, params, state)
     aux = found.aux.mean if has_aux else None
     return (found.losses, aux), found.grads, state
 

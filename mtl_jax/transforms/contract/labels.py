@@ -71,7 +71,7 @@ def _warn_of_named_heads(paths: Sequence[Any], names: tuple[str, ...]) -> None:
       for task in names:
         if part == task or ('head' in part.lower() and task in part):
           found.setdefault(task, jax.tree_util.keystr(path))
-  if len(found) > 1:
+  if len(set(found.values())) > 1:
     warnings.warn(
       f'parameters at {tuple(found.values())} are named like heads of tasks, '
       "but count as shared: only the layout {'shared': ..., 'heads': {task: "

@@ -79,10 +79,13 @@ def weighted(
         given.active,
         extra_args,
       )
+      weights = weights.astype(given.gram.dtype)
+      inner = given.gram @ weights
       return lifting.Combined(
         algebra.weighted_sum(weights, given.unmasked, given.active),
         weights=weights,
         memory=WeightedMemory(state),
+        update_inner=(inner, weights @ inner),
       )
 
     return lifting.lift(
