@@ -2,7 +2,7 @@
 
 import jax
 
-# What is left out finds no other numbers beyond rounding.
+# Skipping these passes changes results only by rounding.
 OPTIONS = {'xla_backend_optimization_level': 0}
 # What a run compiles with, for tests of what a program costs or holds.
 DEFAULTS = {'xla_backend_optimization_level': 3}

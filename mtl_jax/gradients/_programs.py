@@ -6,6 +6,7 @@ losses of absent tasks, whose derivatives need not be finite.
 """
 
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -84,24 +85,6 @@ class PulledBack(NamedTuple):
   pull: Callable[[jax.Array], list[jax.Array]]
 
 
-def if_present(x: jax.Array, present: jax.Array) -> jax.Array:
-  """X, without a derivative unless `present`."""
-  return jnp.where(present, x, jax.lax.stop_gradient(x))
-
-
-@jax.custom_vjp
-def if_present_unbatched(x: jax.Array, present: jax.Array) -> jax.Array:
-  """The same in reverse mode, and not batched where `present` alone is."""
-  del present
-  return x
-
-
-if_present_unbatched.defvjp(
-  lambda x, present: (x, present),
-  lambda present, cotangent: (jnp.where(present, cotangent, 0), None),
-)
-
-
 class Program:
   """The equations of a function that returns one loss a task.
 
@@ -171,29 +154,31 @@ class Program:
     self,
     leaves: Sequence[Any],
     active: jax.Array,
-    guard: Callable[[jax.Array, jax.Array], jax.Array] = if_present,
+    owned: Collection[int] = (),
   ) -> Any:
     """All losses and aux; their derivatives skip absent tasks.
 
     Args:
       leaves: the flattened arguments.
       active: bool [T].
-      guard: `(x, present) -> x`, without a derivative unless `present`.
+      owned: places of arguments that one loss alone reads. What reaches them
+        comes from that loss, and they are left as they are.
 
     Returns:
       The result of the function.
     """
     known = self._known(leaves)
+    exempt = {self._jaxpr.invars[k] for k in owned}
+
+    def guarded(x, present):
+      if present is None or x in exempt or not _smooth(x):
+        return known[x]
+      # The value is the same either way; the derivative is not.
+      return jnp.where(present, known[x], jax.lax.stop_gradient(known[x]))
+
     for group in self._groups:
       present = group.any_of(active)
-      values = group.part.run(
-        *(
-          known[x]
-          if present is None or not _smooth(x)
-          else guard(known[x], present)
-          for x in group.part.inputs
-        )
-      )
+      values = group.part.run(*(guarded(x, present) for x in group.part.inputs))
       known.update(zip(group.part.results, values, strict=True))
     return self._value(known)
 

@@ -150,7 +150,10 @@ class TaskLosses:
   def gradients(
     self, params: types.Params
   ) -> tuple[_aux.Pass, types.TaskGrads]:
-    """Losses and task gradients: one forward pass, T pull-backs."""
+    """Losses and task gradients: one forward pass, T pull-backs.
+
+    Those of this replica; see the class.
+    """
     (losses, aux), grads = self._task_grad.at(params, self.batch, *self.args)
     return _aux.Pass(losses, self._of_slices(aux)), grads
 
@@ -202,13 +205,18 @@ class TaskLosses:
     return _aux.Pass(mean(losses), _aux.Aux(mean(of_mean), add(of_sum)))
 
   def pull_backs(
-    self, params: types.Params, asker: str
+    self,
+    params: types.Params,
+    *,
+    asker: str = 'a joint update',
+    elsewhere: bool = False,
   ) -> linearization.PullBacks:
     """One forward pass, from which one task is pulled back at a time.
 
     Args:
       params: parameters.
       asker: who asks, for an error.
+      elsewhere: whether single tasks are to be evaluated at other parameters.
     """
     self.require(
       asker,
@@ -224,9 +232,12 @@ class TaskLosses:
       params,
       self.batch,
       *self.args,
+      elsewhere=elsewhere,
     )
 
-  def at_features(self, params: types.Params, asker: str) -> 'Boundary':
+  def at_features(
+    self, params: types.Params, *, asker: str = 'a joint update'
+  ) -> 'Boundary':
     """The boundary between the shared part and the heads; see `Boundary`.
 
     Args:
@@ -266,7 +277,11 @@ class TaskLosses:
     return Boundary(losses, found.params, found.pull)
 
   def dense_losses(
-    self, params: types.Params, dense: Callable[..., jax.Array], asker: str
+    self,
+    params: types.Params,
+    dense: Callable[..., jax.Array],
+    *,
+    asker: str = 'a joint update',
   ) -> tuple[tuple[jax.Array, ...], Any]:
     """Losses as T scalars, and aux, with dense layers passed to `dense`.
 
@@ -329,7 +344,8 @@ class TaskLosses:
     if form is not None and getattr(self.objective, form) is None:
       raise ValueError(
         f'{asker} needs {question}, but the objective has no {form}: pass '
-        f'task_losses an Objective with it, or choose a model that has it'
+        f'task_losses an Objective with it, or choose a model that has it '
+        "(none has dense layers with parallel.parameters='sharded')"
       )
 
   @property

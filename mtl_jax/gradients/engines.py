@@ -12,7 +12,6 @@ from mtl_jax import types
 from mtl_jax.gradients import _loop
 from mtl_jax.gradients import _order
 from mtl_jax.gradients import _owners
-from mtl_jax.gradients import _programs
 from mtl_jax.gradients import linearization
 from mtl_jax.transforms.contract import labels
 
@@ -107,10 +106,10 @@ def at_each(
         # The other losses contribute nothing, even if their derivatives are
         # NaN.
         only = jnp.arange(size) == i
-        # Heads are the same in all rows.
-        out, _ = traced.program.values(
-          jax.tree.leaves((shared, heads)), only, _programs.if_present_unbatched
-        )
+        leaves = jax.tree.leaves((shared, heads))
+        # Heads are the same in all rows, and guarded they would not be.
+        of_heads = range(len(shared), len(leaves))
+        out, _ = traced.program.values(leaves, only, of_heads)
         return jnp.stack(_order.as_scalars(out, names))[i]
 
       # The index keeps the map alive if nothing is shared.

@@ -23,13 +23,17 @@ class Linear(NamedTuple):
     losses: [T].
     aux: the second result of the function.
     task: `i -> (shared leaves, leaves of head i)`, the gradient of loss i.
-    weighted: `weights [T] -> shared leaves`, the gradient of a weighted sum.
+    weighted: `weights [T] -> shared leaves`, the gradient of a weighted sum. A
+      loss of weight 0 has no part in it.
+    elsewhere: `(i, shared leaves, leaves of head i) -> gradient` of loss i at
+      other parameters: one more forward and backward pass. None unless asked.
   """
 
   losses: jax.Array
   aux: Any
   task: Callable[[int], Own]
   weighted: Callable[[jax.Array], list[Any]]
+  elsewhere: Callable[[int, Any, Any], Own] | None
 
 
 class PullBacks(NamedTuple):
@@ -39,14 +43,11 @@ class PullBacks(NamedTuple):
     linear: the forward pass.
     params: the parameters: shared leaves, leaves by task, frozen leaves.
     join: `(shared, heads, frozen) -> tree`, laid out as the parameters.
-    elsewhere: `(i, shared leaves, leaves of head i) -> gradient` of loss i at
-      other parameters: one more forward and backward pass.
   """
 
   linear: Linear
   params: tuple[list[Any], dict[str, list[Any]], list[Any]]
   join: Callable[..., Any]
-  elsewhere: Callable[[int, Any, Any], Own]
 
 
 def linearized(
@@ -54,6 +55,7 @@ def linearized(
   partition: labels.Partition,
   shared: list[Any],
   heads: dict[str, list[Any]],
+  elsewhere: bool = False,
 ) -> Linear:
   """Evaluates all losses once.
 
@@ -62,6 +64,7 @@ def linearized(
     partition: the parameters' partition, for names and paths of heads.
     shared: leaves that all tasks may use.
     heads: {task: leaves} that only this task may use.
+    elsewhere: whether losses are to be evaluated at other parameters too.
 
   Returns:
     A `Linear`.
@@ -91,12 +94,33 @@ def linearized(
     cotangents = transposed(jnp.ones_like(out[i]))
     return own.gradient(i, dict(zip(loss.places, cotangents, strict=True)))
 
-  def weighted(weights):
+  def all_at_once(weights):
     stacked = lambda *dots: jnp.stack(_order.as_scalars(pull(*dots), names))
     transposed = jax.linear_transpose(stacked, shared, heads)
     return transposed(weights.astype(losses.dtype))[0]
 
-  return Linear(losses, aux, task, weighted)
+  def one_by_one(weights):
+    branches = [lambda k=k: task(k)[0] for k in range(len(names))]
+
+    def add(i, total):
+      return [
+        t + jnp.where(weights[i] != 0, (weights[i] * g).astype(g.dtype), 0)
+        for t, g in zip(total, jax.lax.switch(i, branches), strict=True)
+      ]
+
+    start = list(map(jnp.zeros_like, shared))
+    return jax.lax.fori_loop(0, len(names), add, start)
+
+  def weighted(weights):
+    # A cotangent of 0 does not stop the NaN of an absent task.
+    return jax.lax.cond(jnp.all(weights != 0), all_at_once, one_by_one, weights)
+
+  evaluate = None
+  if elsewhere:
+    traced = _owners.Owned(f, f, partition, shared, heads)
+    own_evaluation = _owners.evaluation(traced)
+    evaluate = lambda *args: own_evaluation(*args)[1]
+  return Linear(losses, aux, task, weighted, evaluate)
 
 
 def pull_backs(
@@ -105,6 +129,7 @@ def pull_backs(
   param_labels: labels.ParamLabels,
   params: types.Params,
   *args: Any,
+  elsewhere: bool = False,
 ) -> PullBacks:
   """Evaluates all losses once; see `PullBacks` and `linearized`."""
   partition = labels.Partition(param_labels, params, names)
@@ -113,13 +138,8 @@ def pull_backs(
   def f(shared, heads):
     return loss_fn(partition.join(shared, heads, frozen), *args)
 
-  def elsewhere(i, of_shared, of_head):
-    traced = _owners.Owned(f, f, partition, of_shared, heads)
-    return _owners.evaluation(traced)(i, of_shared, of_head)[1]
-
   return PullBacks(
-    linearized(f, partition, shared, heads),
+    linearized(f, partition, shared, heads, elsewhere),
     (shared, heads, frozen),
     partition.join,
-    elsewhere,
   )

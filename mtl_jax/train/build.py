@@ -68,8 +68,10 @@ def joint_update(
         weighting, task_names, lookahead=config.optimizer.learning_rate
       )
     return updates.weighted_update(weighting, task_names)
+  # Other updates refuse replicas, and name the key of the config.
   aggregator = _aggregator(
-    method, weighting, task_names, config.seed, axis_name
+    *(method, weighting, task_names, config.seed),
+    axis_name if how == 'stack' else None,
   )
   return UPDATES[how](aggregator, method, task_names, config.perturbation)
 
@@ -91,8 +93,8 @@ def _gram_based(factory, aggregator, method, task_names, perturbation):
   flat, head_scale = None, method.head_scale
   if method.flat is not None:
     options = dict(method.flat)
-    head_scale = options.pop('head_scale')
-    combine = options.pop('combine')
+    head_scale = options.pop('head_scale', 'none')
+    combine = options.pop('combine', 'separate')
     if combine != 'separate':
       raise ValueError(
         f"{factory.__name__} needs method.flat.combine='separate', "

@@ -90,9 +90,10 @@ def make_train_step(
   Returns:
     A pure function `(state, batch) -> (state, metrics)`, to be jitted with the
     state donated. All quantities refer to the global batch, so under `jit` the
-    result does not depend on the sharding. With `axis_name` it differs only
-    through per-replica perturbations, BatchNorm statistics and dropout masks,
-    and through which rows form a micro-batch. `metrics` are scalars: `'loss'`,
+    result does not depend on the sharding. With the `axis_name` of `losses` it
+    differs only through per-replica perturbations, BatchNorm statistics and
+    dropout masks, and through which rows form a micro-batch. `metrics` are
+    scalars: `'loss'`,
     the mean over the tasks that have labels in this batch; per task
     `'<task>/loss'` and its metrics at the unperturbed parameters,
     `'<task>/present'`, which is 0 if the task has no labels in this batch or if

@@ -125,7 +125,7 @@ def feature_update(
     return state_for()
 
   def update(losses, params, state):
-    boundary = losses.at_features(params, 'feature_update')
+    boundary = losses.at_features(params, asker='feature_update')
     found, state = joint.update(boundary.losses, boundary.params, state)
     return found._replace(grads=boundary.pull(found.grads)), state
 

@@ -116,8 +116,8 @@ def ghost_update(
   size = len(names)
   if flat is not None and flat.adaptive:
     raise ValueError(
-      'ghost_update has no adaptive perturbation: moved weights of its layers '
-      'are never formed'
+      'flat.adaptive must be False for ghost_update, got True: the moved '
+      'weights of its layers are never formed'
     )
   method = _gram_based.GramMethod(
     'ghost_update', aggregator, size, flat, head_scale
@@ -131,7 +131,7 @@ def ghost_update(
     def evaluate(shared, heads, ghosts, taps):
       layers = _ghost_layers.Layers(shared, ghosts, taps)
       values, aux = losses.dense_losses(
-        partition.join(shared, heads, frozen), layers, 'ghost_update'
+        partition.join(shared, heads, frozen), layers, asker='ghost_update'
       )
       return values, aux, layers
 
@@ -169,7 +169,9 @@ def ghost_update(
       inputs = {i: layers.inputs[i] for i in ghosts}
       return dict(zip(names, values, strict=True)), (aux, inputs)
 
-    linear = linearization.linearized(losses_of, partition, together, own_heads)
+    linear = linearization.linearized(
+      losses_of, partition, together, own_heads, elsewhere=flat is not None
+    )
     aux, inputs = linear.aux
     kernels = {i: _ghost_layers.Kernel(x) for i, x in inputs.items()}
 
@@ -208,15 +210,12 @@ def ghost_update(
           lambda p, g: ball.shifted(p, g, scale), leaves, grads
         )
 
-        def own_loss(together, head):
-          values, _ = losses_of(together, {**own_heads, names[i]: head})
-          return values[names[i]]
-
         there = (
           move(others, found[i].others, of_shared),
           move(taps, {k: moved[k][i] for k in taps}, of_shared),
         )
-        sam = jax.grad(own_loss, argnums=(0, 1))(
+        sam = linear.elsewhere(
+          i,
           jax.tree.leaves(there),
           move(own_heads[names[i]], found[i].head, of_head),
         )

@@ -61,8 +61,7 @@ def gram_update(
       are theirs.
 
   Returns:
-    A joint update with a `GramUpdateState`. The gradient of an absent task's
-    loss must be finite, as a masked mean's is.
+    A joint update with a `GramUpdateState`.
 
   Raises:
     ValueError: for an aggregator that needs more than inner products; at
@@ -89,7 +88,9 @@ def gram_update(
   )
 
   def update(losses, params, state):
-    found = losses.pull_backs(params, 'gram_update')
+    found = losses.pull_backs(
+      params, asker='gram_update', elsewhere=flat is not None
+    )
     linear = found.linear
     shared, own_heads, frozen = found.params
     present = losses.active
@@ -101,14 +102,15 @@ def gram_update(
       moved = ball.perturbed_task(
         (of_shared, of_head), (shared, own_heads[names[i]]), flat, state.count
       )
-      return found.elsewhere(i, *moved)
+      return linear.elsewhere(i, *moved)
 
     def flat_gradient(i):
       of_shared, of_head = linear.task(i)
       sam, _ = sam_gradient(i, of_shared, of_head)
       return jax.tree.map(jnp.subtract, sam, of_shared)
 
-    gram = _by_pairs(lambda i: linear.task(i)[0], present)
+    dtype = _gram_based.dtype_of(shared)
+    gram = _by_pairs(lambda i: linear.task(i)[0], present, dtype)
     w, loss_state = method.weights(gram, state.loss, given)
     scale = w if method.head_scale == 'weights' else None
     of_head = lambda i, leaves: [
@@ -120,7 +122,7 @@ def gram_update(
       of_shared = linear.weighted(w)
       own = {t: of_head(i, linear.task(i)[1]) for i, t in enumerate(names)}
     else:
-      gram_of_flat = _by_pairs(flat_gradient, present)
+      gram_of_flat = _by_pairs(flat_gradient, present, dtype)
       v, flat_state = method.flat_weights(
         gram_of_flat, gram, state.flat, given, shared
       )
@@ -151,7 +153,9 @@ def gram_update(
   return _joint.JointUpdate(method.init, update, method.after_step)
 
 
-def _by_pairs(gradient: Callable[[int], Any], present: jax.Array) -> jax.Array:
+def _by_pairs(
+  gradient: Callable[[int], Any], present: jax.Array, dtype: Any
+) -> jax.Array:
   """Gram matrix [T, T] from two gradients at a time."""
   size = present.shape[0]
 
@@ -159,10 +163,9 @@ def _by_pairs(gradient: Callable[[int], Any], present: jax.Array) -> jax.Array:
     return jax.lax.switch(i, [lambda k=k: gradient(k) for k in range(size)])
 
   def inner_product(a, b):
-    total = jnp.zeros((), jnp.float32)
+    total = jnp.zeros((), dtype)
     for x, y in zip(a, b, strict=True):
-      wide = jnp.promote_types(x.dtype, jnp.float32)
-      total += jnp.sum(x.astype(wide) * y.astype(wide))
+      total += jnp.sum(x.astype(dtype) * y.astype(dtype))
     return total
 
   def row(i, gram):
@@ -172,6 +175,6 @@ def _by_pairs(gradient: Callable[[int], Any], present: jax.Array) -> jax.Array:
       0, i, lambda j, gram: gram.at[i, j].set(inner_product(g, of(j))), gram
     )
 
-  lower = jax.lax.fori_loop(0, size, row, jnp.zeros((size, size)))
+  lower = jax.lax.fori_loop(0, size, row, jnp.zeros((size, size), dtype))
   gram = jnp.where(jnp.tri(size, dtype=bool), lower, lower.T)
   return jnp.where(present[:, None] & present[None, :], gram, 0)

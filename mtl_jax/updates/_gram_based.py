@@ -14,6 +14,7 @@ import optax
 
 from mtl_jax.transforms import Perturbation
 from mtl_jax.transforms.contract import aggregation
+from mtl_jax.transforms.contract import algebra
 from mtl_jax.transforms.contract import arguments
 from mtl_jax.transforms.contract import heads
 from mtl_jax.transforms.wrappers import ball
@@ -45,6 +46,11 @@ class Given(NamedTuple):
 
   losses: jax.Array
   present: jax.Array
+
+
+def dtype_of(leaves: Sequence[Any]) -> Any:
+  """The dtype of Gram matrices: float32, or wider if an array is."""
+  return jnp.result_type(jnp.float32, *(algebra.wide(x.dtype) for x in leaves))
 
 
 class GramMethod:
@@ -83,8 +89,12 @@ class GramMethod:
 
   def init(self, params: Any) -> GramUpdateState:
     """The state before the first update."""
-    del params
-    start = lambda: self._inner.init(jnp.zeros(self._size))
+    leaves = [
+      x
+      for x in jax.tree.leaves(params)
+      if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    start = lambda: self._inner.init(jnp.zeros(self._size, dtype_of(leaves)))
     return GramUpdateState(
       loss=start(),
       flat=start() if self.flat else optax.EmptyState(),

@@ -296,7 +296,11 @@ def test_a_step_that_is_not_finite_is_skipped_where_the_config_says_so():
       for how in ('gram', 'ghost')
     ),
     ('gram', {'aggregator': 'graddrop'}, 'gram_update needs an aggregator'),
-    ('ghost', {'adaptive': True}, 'ghost_update has no adaptive perturbation'),
+    (
+      'ghost',
+      {'adaptive': True},
+      'flat.adaptive must be False for ghost_update',
+    ),
   ],
 )
 def test_a_method_and_an_update_that_do_not_go_together_are_named(

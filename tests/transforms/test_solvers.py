@@ -293,7 +293,7 @@ def test_cagrad_of_two_opposed_tasks_is_the_best_of_a_ball_that_holds_zero():
     best = (J @ references.conflict_averse_direction(J, c)).min()
     lengths = np.linalg.norm(J, axis=1)
     # Rounding, and what is given up of the direction across both gradients.
-    slack = 1e-4 * lengths.max() + 5e-4 * lengths.min()
+    slack = 1e-4 * lengths.max() + 7.5e-4 * c * lengths.min()
     assert (J @ direction).min() >= best - slack * radius, name
 
 

@@ -382,15 +382,6 @@ def check_parameters(params: Any) -> None:
     check_leaf('parameter', leaf, jax.tree_util.keystr(path) or 'the root')
 
 
-def check_head(grad: jax.Array, param: jax.Array | None, where: str) -> None:
-  """Raises unless a head's gradient has its parameter's shape."""
-  if param is not None and grad.shape != param.shape:
-    raise ValueError(
-      f'the gradient at {where} has shape {grad.shape}, expected '
-      f'{param.shape}: only shared leaves carry a task axis'
-    )
-
-
 def full_active(active: Any, num_tasks: int) -> jax.Array:
   """`active` as a bool array [T]; all tasks where it is None."""
   if active is None:

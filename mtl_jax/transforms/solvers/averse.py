@@ -8,10 +8,11 @@ from mtl_jax.transforms.solvers import simplex
 
 # A shorter sum of gradients, in units of the shortest of them, is rounding.
 _SHORTEST = 1e-3
-# The same for two opposed gradients from c = 1 on. Below it the best worst gain
-# falls short by up to a quarter of this, in units of the ball's radius and the
-# shortest gradient. Above it rounding of the weights would cost the same.
-_SHORTEST_OF_TWO = 2e-3
+# The same for two opposed gradients from c = 1 on, times c. The worst gain
+# falls short of the best one by up to a quarter of that, in units of the ball's
+# radius and the shortest gradient. With less, rounding of the weights, which
+# c / |g_w| enlarges, would leave residuals above 1e-4 in float32.
+_SHORTEST_OF_TWO = 3e-3
 # Newton's result is taken below this residual; bisection halves the logarithm
 # of the multiplier this often.
 _CONVERGED = 1e-5
@@ -171,7 +172,7 @@ def conflict_averse(
     # opposed tasks. Its direction is then rounding, except for the part along
     # their difference. That part makes them gain the same and has to stay
     # exact.
-    floor = jnp.where(c >= 1, _SHORTEST_OF_TWO * shortest, 0)
+    floor = jnp.where(c >= 1, c * _SHORTEST_OF_TWO * shortest, 0)
     weights, length = simplex.two_tasks(
       *jax.lax.stop_gradient((gram, tilt * lengths)), c, floor
     )
