@@ -118,6 +118,7 @@ class Problem:
 
   @property
   def task_names(self) -> tuple[str, ...]:
+    """The names, in the order of every task axis."""
     return tuple(task.name for task in self.tasks)
 
 

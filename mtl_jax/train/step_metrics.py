@@ -9,11 +9,7 @@ from mtl_jax import transforms
 from mtl_jax.metrics import averages
 
 # Diagnostics of an aggregation, with the names under which they are logged.
-_SCALARS = {
-  'conflict': 'conflict',
-  'mean_cosine': 'mean_cosine',
-  'residual': 'residual',
-}
+_SCALARS = ('conflict', 'mean_cosine', 'residual')
 _PER_TASK = {'task_weights': 'weight', 'gradient_norms': 'gradient_norm'}
 
 
@@ -80,14 +76,14 @@ def of_step(problem, param_labels, found, active, states):
   }
 
 
-def _shown(states, names, param_labels, params):
+def _shown(states, names, param_labels, tree):
   """Diagnostics as scalars, without a prefix for the loss gradients.
 
   With several aggregators, as for groups of parameters, their place follows the
   name. If nothing is shared, tasks cannot conflict and only skipped steps are
   reported.
   """
-  labels = param_labels(params) if callable(param_labels) else param_labels
+  labels = param_labels(tree) if callable(param_labels) else param_labels
   together = 'shared' in jax.tree.leaves(labels)
   metrics = {}
   left_out = transforms.left_out(states)
@@ -102,7 +98,7 @@ def _shown(states, names, param_labels, params):
     elif not together:
       continue
     elif kind in _SCALARS:
-      metrics[f'{"flat/" if flat else ""}{_SCALARS[kind]}{place}'] = value
+      metrics[f'{"flat/" if flat else ""}{kind}{place}'] = value
     elif kind in _PER_TASK:
       shown = f'{"flat_" if flat else ""}{_PER_TASK[kind]}{place}'
       for i, task in enumerate(names):

@@ -28,6 +28,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def check_tasks(num_tasks: int) -> None:
+  """Raises unless `num_tasks` is a number of at least 1."""
   if num_tasks is None:
     raise ValueError(f'num_tasks must be at least 1, got {num_tasks}')
   arguments.check_num_tasks(num_tasks)

@@ -43,6 +43,7 @@ class Axes(NamedTuple):
   shard_axis: Hashable | None = None
 
   def check(self) -> 'Axes':
+    """The axes themselves; raises unless they go together."""
     arguments.one_of('reduce', self.reduce, ('mean', 'sum'))
     if self.axis_name is not None and self.axis_name == self.shard_axis:
       raise ValueError(

@@ -12,11 +12,11 @@ def _shows(node: Any) -> bool:
 
 
 def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
-  """Finds the aggregators in an optimizer state and reads their diagnostics.
+  """Finds the aggregators in a state and reads their diagnostics.
 
   Args:
-    opt_state: state of any optax transformation, such as a chain; also as
-      `flax.nnx.Optimizer` holds it.
+    opt_state: state of a joint update, or of any optax transformation, such as
+      a chain; also as `flax.nnx.Optimizer` holds it.
 
   Returns:
     A flat dictionary of diagnostics from the last update. From an aggregator
@@ -29,7 +29,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     * `'mean_cosine'`: cosine of the update with the mean gradient;
     * `'residual'`: relative residual of the solver, if there is one.
 
-    From a bilevel weighting's state `'task_weights'`, `'residual'` and its
+    From `weighted_update` `'task_weights'`. From a bilevel weighting's state
+    `'task_weights'`, `'residual'` and its
     further quantities: `'hypergradient'` (`auto_lambda`), `'objective_weights'`
     (`moml`), `'valid_weights'` and `'train_weights'` (`forum`). From
     `skip_nonfinite` `'skipped'`, the number of skipped updates.

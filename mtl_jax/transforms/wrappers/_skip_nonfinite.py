@@ -110,7 +110,7 @@ def left_out(opt_state: Any) -> jax.Array:
   """Whether a `skip_nonfinite` skipped the last update, bool scalar.
 
   If so, a training step that carries more than parameters and the optimizer's
-  state (running statistics, a loss weighting) keeps the old values.
+  state (running statistics, that of a joint update) keeps the old values.
 
   Args:
     opt_state: state of any optax transformation.
