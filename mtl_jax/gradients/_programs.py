@@ -173,6 +173,9 @@ class Program:
     def guarded(x, present):
       if present is None or x in exempt or not _smooth(x):
         return known[x]
+      if not _varying(present) <= _varying(known[x]):
+        # The equations were traced for a value that all replicas share.
+        return known[x]
       # The value is the same either way; the derivative is not.
       return jnp.where(present, known[x], jax.lax.stop_gradient(known[x]))
 
@@ -316,6 +319,11 @@ class Program:
 def _fixed(x: Any) -> bool:
   """Whether it is a number in the program instead of a variable."""
   return isinstance(x, Literal)
+
+
+def _varying(x: Any) -> frozenset[Any]:
+  """The mapped axes over which a value varies, as far as its type says."""
+  return jax.typeof(x).manual_axis_type.varying
 
 
 def _smooth(x: Any) -> bool:

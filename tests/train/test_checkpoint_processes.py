@@ -40,7 +40,8 @@ def place(state):
   """On all devices of all processes, the array in shards."""
   mesh = distributed.make_mesh()
   layout = sharding.Layout(mesh, ('a',), 'sharded', min_size=8)
-  shards = layout.of_state(step.TrainState(np.zeros(()), state, {}, ())).params
+  whole = step.TrainState(np.zeros(()), state, {}, joint=(), opt_state=())
+  shards = layout.of_state(whole).params
   return jax.tree.map(
     lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]),
     state,

@@ -375,7 +375,7 @@ def test_arguments_of_another_number_of_tasks_raise():
     state = weighting.init(3)
     if not jax.tree.leaves(state):
       update = weighting.update
-      assert_refused(row.name, 'for 2 tasks', update, np.ones(2), state)
+      assert_refused(row.name, '2 tasks', update, np.ones(2), state)
 
 
 @pytest.mark.parametrize('row', rows.PICKY)
