@@ -23,7 +23,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 # What all tests together may compile; the count stands at the end of a run.
-MAX_PROGRAMS = 20_000
+MAX_PROGRAMS = 11_000
 
 
 def pytest_configure(config):
